@@ -1,0 +1,25 @@
+# Everything sets itself up: a .venv pinned by constraints.txt, from the package registry alone.
+PYTHON ?= python3
+BIN = .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test check clean
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
+	touch $@
+
+demo: .venv/ready  ## train, evaluate and save the embedded default
+	$(BIN)/deepspeed launch/train.py --ds_config ds_configs/z3.json
+
+check: .venv/ready  ## style
+	$(BIN)/ruff check .
+
+test: check  ## style and all tests
+	$(BIN)/python -m pytest -q
+
+clean:
+	rm -rf .venv runs build *.egg-info

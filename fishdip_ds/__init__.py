@@ -1,0 +1,15 @@
+"""Finetune a chosen few weights of a large model on DeepSpeed ZeRO-3 (FISH-DIP, arXiv 2311.03748)."""
+
+from fishdip_ds.errors import ConfigError, DataError, FishdipError
+
+__version__ = "0.1.0"
+__all__ = ["ConfigError", "DataError", "FishdipError", "initialize"]
+
+
+def __getattr__(name: str):
+    """``initialize`` is loaded on first use, so that readers and scorers work without importing torch."""
+    if name == "initialize":
+        from fishdip_ds.api import initialize
+
+        return initialize
+    raise AttributeError(f"module 'fishdip_ds' has no attribute {name!r}")

@@ -1,0 +1,95 @@
+"""``fishdip_ds.initialize``: from a model and a DeepSpeed JSON to an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fishdip_ds.data.loader import Collate, StepLoader
+from fishdip_ds.distributed import init_distributed
+from fishdip_ds.ds_config import RunConfig, resolve
+from fishdip_ds.errors import ConfigError
+from fishdip_ds.optim.adafactor import Adafactor
+from fishdip_ds.optim.adamw import AdamW
+from fishdip_ds.optim.compact import CompactOptimizer
+from fishdip_ds.selector import LossFn
+
+SchedulerFactory = Callable[[torch.optim.Optimizer], object]
+
+
+def initialize(model: nn.Module, config: str | Path | dict, training_data: Sequence | None = None,
+               collate_fn: Collate | None = None, loss_fn: LossFn | None = None,
+               lr_scheduler: SchedulerFactory | None = None, total_steps: int | None = None):
+    """Shard ``model`` over all ranks and make it trainable at a chosen few weights. **Collective.**
+
+    Args:
+        model: any module whose ``forward(**batch)`` returns an object with ``.loss``, the mean over the
+            batch's targets. May be sharded already (loaded under ``HfDeepSpeedConfig``).
+        config: DeepSpeed JSON (path or dict) with a ``"fishdip"`` section; see ``FishdipConfig``.
+        training_data: map-style dataset; an item's index is its sample id.
+        collate_fn: list of items -> dict of tensors, on the cpu.
+        loss_fn: ``(model, batch) -> losses [batch]``, in place of ``.loss``.
+        lr_scheduler: ``optimizer -> scheduler``, in place of the JSON's ``"scheduler"``.
+        total_steps: optimizer steps of the run, for a scheduler whose ``total_num_steps`` is ``"auto"``.
+
+    Returns:
+        (engine, optimizer, loader, scheduler); loader and scheduler are None if nothing asks for them.
+        With ``"strategy": "full"`` or ``"lora"`` the engine is a stock DeepSpeed one with the same verbs.
+
+    Raises:
+        ConfigError: naming the setting that cannot be honoured.
+    """
+    comm = init_distributed()
+    run = resolve(config, comm.world, _scheduler_fill(total_steps))
+    if collate_fn is None and training_data is not None:
+        raise ConfigError("training_data needs a collate_fn that turns a list of its items into a dict of tensors.")
+    if run.fishdip.strategy in ("full", "lora"):
+        from fishdip_ds.baselines import StockEngine
+
+        engine = StockEngine(model, run, comm, loss_fn=loss_fn)
+    else:
+        from fishdip_ds.engine import Engine
+
+        engine = Engine(model, run, comm, build_optimizer(run.ds["optimizer"]), training_data=training_data,
+                        collate_fn=collate_fn, loss_fn=loss_fn)
+    if training_data is not None:
+        engine.loader = StepLoader(training_data, collate_fn, micro_batch=run.micro_batch,
+                                   accumulation=run.accumulation, rank=comm.rank, world=comm.world,
+                                   seed=run.fishdip.seed)
+    engine.lr_scheduler = build_scheduler(engine.optimizer, run, lr_scheduler)
+    return engine, engine.optimizer, engine.loader, engine.lr_scheduler
+
+
+def build_optimizer(section: dict) -> CompactOptimizer:
+    """The compact optimizer that a resolved ``"optimizer"`` section names."""
+    params = dict(section["params"])
+    for key in ("adam_w_mode", "torch_adam", "scale_parameter", "relative_step", "warmup_init", "beta1"):
+        params.pop(key, None)
+    if section["type"] == "Adafactor":
+        return Adafactor(**params)
+    return AdamW(**params)
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, run: RunConfig, factory: SchedulerFactory | None):
+    """The caller's scheduler, else the one of the JSON (DeepSpeed's classes), else None."""
+    if factory is not None:
+        return factory(optimizer)
+    section = run.ds.get("scheduler")
+    if section is None:
+        return None
+    from deepspeed.runtime import lr_schedules
+
+    try:
+        return getattr(lr_schedules, section["type"])(optimizer, **section.get("params", {}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f'"scheduler.params" do not fit {section["type"]}: {error}.') from None
+
+
+def _scheduler_fill(total_steps: int | None) -> dict[str, object]:
+    fill: dict[str, object] = {"scheduler.params.warmup_min_lr": 0.0, "scheduler.params.warmup_num_steps": 2}
+    if total_steps is not None:
+        fill["scheduler.params.total_num_steps"] = total_steps
+    return fill

@@ -1,0 +1,78 @@
+"""Micro-batches for one rank, cut so that an optimizer step sees the same samples for any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from fishdip_ds.errors import DataError
+
+Collate = Callable[[list], dict[str, torch.Tensor]]
+FILLER = -1
+"""Sample id of rows that only keep ranks in step; a batch of fillers has weight zero."""
+
+
+class StepLoader:
+    """Iterate over a map-style dataset once per epoch, in an order fixed by (seed, epoch).
+
+    Optimizer step s of an epoch takes samples ``order[s*G : (s+1)*G]`` of the epoch's permutation, G the
+    global batch; inside it micro-batch j of rank r takes its slice in rank order. The last step may be
+    short; a rank left without samples gets a filler batch, so that all ranks run the same passes.
+
+    Every batch is a dict with one more key, ``sample_ids`` (int64 [b], the dataset index, -1 in fillers), which
+    the engine takes out before the model sees it.
+    """
+
+    def __init__(self, dataset: Sequence, collate_fn: Collate, *, micro_batch: int, accumulation: int, rank: int,
+                 world: int, seed: int) -> None:
+        if len(dataset) == 0:
+            raise DataError("the training set is empty; give at least one example.")
+        self.dataset, self.collate_fn = dataset, collate_fn
+        self.micro_batch, self.accumulation = micro_batch, accumulation
+        self.rank, self.world, self.seed = rank, world, seed
+        self.global_batch = micro_batch * accumulation * world
+        self.epoch = 0
+        """Epoch that the next (or current) iteration serves, from 0."""
+        self.step_in_epoch = 0
+        """Optimizer steps of the epoch that have been handed out."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps that one epoch takes."""
+        return -(-len(self.dataset) // self.global_batch)
+
+    def __len__(self) -> int:
+        """Micro-batches per epoch on this rank."""
+        return self.steps_per_epoch * self.accumulation
+
+    def order(self, epoch: int) -> list[int]:
+        """The permutation of sample ids of an epoch; the same on every rank."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(len(self.dataset), generator=generator).tolist()
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        order = self.order(self.epoch)
+        for step in range(self.step_in_epoch, self.steps_per_epoch):
+            chosen = order[step * self.global_batch : (step + 1) * self.global_batch]
+            for j in range(self.accumulation):
+                begin = (j * self.world + self.rank) * self.micro_batch
+                ids = chosen[begin : begin + self.micro_batch]
+                if j == self.accumulation - 1:
+                    self.step_in_epoch = step + 1
+                yield self._batch(ids, fallback=chosen[0])
+        self.epoch += 1
+        self.step_in_epoch = 0
+
+    def _batch(self, ids: list[int], fallback: int) -> dict[str, torch.Tensor]:
+        batch = dict(self.collate_fn([self.dataset[i] for i in ids or [fallback]]))
+        batch["sample_ids"] = torch.tensor(ids or [FILLER])
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Position: the epoch and the optimizer steps of it already handed out."""
+        return {"epoch": self.epoch, "step_in_epoch": self.step_in_epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from a position; the next ``iter`` starts there."""
+        self.epoch, self.step_in_epoch = int(state["epoch"]), int(state["step_in_epoch"])

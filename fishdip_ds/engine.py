@@ -1,0 +1,280 @@
+"""The facade with DeepSpeed's own verbs: forward, backward, step, save_checkpoint, load_checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from fishdip_ds.data.loader import FILLER, Collate, StepLoader
+from fishdip_ds.distributed import Comm
+from fishdip_ds.ds_config import RunConfig
+from fishdip_ds.errors import ConfigError, FishdipError
+from fishdip_ds.monitoring import Monitor, peak_memory_gib, refresh_events
+from fishdip_ds.optim.adafactor import Adafactor
+from fishdip_ds.optim.compact import CompactOptimizer, OwnedEntries
+from fishdip_ds.selection.losses import shifts_labels, target_count
+from fishdip_ds.selection.mask import Mask, union_sorted
+from fishdip_ds.selector import LossFn, SelectionReport, Selector
+from fishdip_ds.strategies import STRATEGIES
+from fishdip_ds.zero3.gradients import GradientTap, MaskedAccumulator
+from fishdip_ds.zero3.partition import partition, release_leftovers
+from fishdip_ds.zero3.shards import ShardLayout
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What the last optimizer step was, global (the same on every rank)."""
+
+    loss: float
+    """Mean over the step's target tokens (or samples) of all ranks and micro-batches."""
+    grad_norm: float
+    """L2 norm of the masked gradient before clipping."""
+    lr: float
+    """Learning rate the step was made with."""
+    samples_per_s: float
+    """Samples of all ranks per second since the step before, refresh included."""
+
+
+class Engine:
+    """A ZeRO-3 model of which only a chosen few weights are trained. Made by ``fishdip_ds.initialize``.
+
+    All verbs are **collective**: every rank calls them in the same order. ``forward`` may refresh the mask.
+    """
+
+    def __init__(self, model: nn.Module, run: RunConfig, comm: Comm, optimizer: CompactOptimizer, *,
+                 training_data: Sequence | None = None, collate_fn: Collate | None = None,
+                 loss_fn: LossFn | None = None) -> None:
+        self.run, self.comm, self.optimizer = run, comm, optimizer
+        self.deepspeed = partition(model, run.ds)
+        self.module: nn.Module = self.deepspeed.module
+        self.layout = ShardLayout(self.module, comm, run.fishdip.eligible)
+        self.base_fingerprints = self.layout.fingerprints()
+        self.strategy = STRATEGIES[run.fishdip.strategy](run.fishdip)
+        self.monitor = Monitor(self.deepspeed.monitor)
+        self.lr_scheduler = None
+        self.loader: StepLoader | None = None
+        self.global_steps = 0
+        self.global_samples = 0
+        self.micro_steps = 0
+        self.last: StepStats | None = None
+        self.on_refresh: Callable[[SelectionReport], None] | None = None
+        """Called on every rank after each selection."""
+        self._loss_fn = loss_fn
+        self._shift = shifts_labels(model)
+        self._tap = GradientTap(self.layout)
+        self._mask: Mask | None = None
+        self._mask_step = 0
+        self._entries: OwnedEntries | None = None
+        self._accumulator: MaskedAccumulator | None = None
+        self._weight: float | None = None
+        self._last_step_at = time.perf_counter()
+        self.ever: list[torch.Tensor] = [
+            torch.zeros(0, dtype=torch.int64, device=self.layout.device()) for _ in self.layout.tensors]
+        """Per tensor: sorted positions in the owned shard that were ever trained: int64, local."""
+        if isinstance(optimizer, Adafactor):
+            optimizer.shapes = tuple(t.shape for t in self.layout.tensors)
+            optimizer.rms_of_weights = self._rms_of_weights
+        if self.strategy.needs_samples and (training_data is None or collate_fn is None):
+            raise ConfigError(f'strategy "{run.fishdip.strategy}" scores training samples; pass training_data and '
+                              "collate_fn to fishdip_ds.initialize.")
+        self.selector = Selector(
+            self.module, self.layout, self._tap, lambda: release_leftovers(self.deepspeed), seed=run.fishdip.seed,
+            scan_batch_size=run.fishdip.scan_batch_size, dataset=training_data, collate_fn=collate_fn,
+            loss_fn=loss_fn, to_device=self.to_device, global_batch=run.global_batch)
+
+    # ---- DeepSpeed's verbs ---------------------------------------------------------------------------
+
+    def __call__(self, **batch: torch.Tensor):
+        return self.forward(**batch)
+
+    def forward(self, **batch: torch.Tensor):
+        """Run the model on one micro-batch of this rank and return its output, with ``.loss``. **Collective.**
+
+        ``sample_ids`` is taken out of the batch. Under ``torch.no_grad`` this is evaluation: no selection,
+        nothing recorded. Otherwise, at the first micro-batch of a step that is due, a new mask is chosen first.
+        """
+        training = torch.is_grad_enabled()
+        step = self.global_steps + 1
+        if training and self.micro_steps % self.run.accumulation == 0 and self._mask_step != step \
+                and self.strategy.due(step):
+            self.refresh()
+        ids = batch.pop("sample_ids", None)
+        batch = self.to_device(batch)
+        if self._loss_fn is not None:
+            losses = self._loss_fn(self.module, batch)
+            out, weight = SimpleNamespace(loss=losses.mean(), losses=losses), float(losses.numel())
+        else:
+            out, weight = self.module(**batch), self._batch_weight(batch)
+        if training:
+            filler = ids is not None and bool((ids == FILLER).all())
+            self._weight = 0.0 if filler else weight
+        return out
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backpropagate ``loss`` (0-D, the mean of this micro-batch) and keep the masked entries. **Collective.**"""
+        if self._weight is None:
+            raise FishdipError("engine.backward was called without a forward pass with gradients before it; "
+                               "call engine(**batch) first, outside torch.no_grad.")
+        self._accumulator.begin(self._weight, loss)
+        with self._tap.into(self._accumulator):
+            loss.backward()
+        release_leftovers(self.deepspeed)
+        self._weight = None
+        self.micro_steps += 1
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """At an accumulation boundary: reduce, clip, update, write back; otherwise nothing. **Collective.**
+
+        Raises:
+            FishdipError: on all ranks, if the reduced loss or gradient is not finite. No weight has changed then.
+        """
+        if self.micro_steps == 0 or self.micro_steps % self.run.accumulation:
+            return
+        accumulated = self._accumulator
+        self.comm.all_reduce(accumulated.buffer, tag="gradients")
+        gradient = accumulated.gradient
+        norm = torch.linalg.vector_norm(gradient)
+        # The one host-device synchronisation of a step: the loss, the norm and which tensors were used.
+        weight, loss, norm, *used = torch.cat([accumulated.totals, norm.view(1), accumulated.used]).tolist()
+        if not weight:
+            raise FishdipError(f"optimizer step {self.global_steps + 1} has no target token: every label is -100; "
+                               "check the tokenised targets and their length limit.")
+        loss, norm = loss / weight, norm / weight
+        if not (abs(loss) < float("inf") and norm < float("inf")):
+            raise FishdipError(f"loss {loss} with gradient norm {norm} at optimizer step {self.global_steps + 1}; "
+                               "lower the learning rate or set gradient_clipping. No weight was changed by this step.")
+        clip = min(1.0, self.run.clip / (norm + 1e-6)) if self.run.clip else 1.0
+        gradient.mul_(clip / weight)
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        self.optimizer.step(gradient, [bool(u) for u in used])
+        self._write_back()
+        accumulated.reset()
+        self.global_steps += 1
+        self.global_samples += self.run.global_batch
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        now = time.perf_counter()
+        self.last = StepStats(loss, norm, lr, self.run.global_batch / (now - self._last_step_at))
+        self._last_step_at = now
+        self.monitor.scalars({
+            "Train/Samples/train_loss": loss, "Train/Samples/lr": lr, "Train/Sparse/grad_norm": norm,
+            "Train/Samples/samples_per_s": self.last.samples_per_s, "Train/Memory/peak_gib": peak_memory_gib()},
+            self.global_samples)
+
+    def save_checkpoint(self, save_dir: str | Path, tag: str | None = None, client_state: dict | None = None) -> Path:
+        """Write everything that decides the future, but not the untouched weights. **Collective.**
+
+        See ``fishdip_ds.checkpoint.state``. Returns the checkpoint's folder.
+        """
+        from fishdip_ds.checkpoint.state import save
+
+        return save(self, Path(save_dir), tag, client_state or {})
+
+    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[Path, dict]:
+        """Restore a checkpoint saved on any number of ranks; returns (folder, client_state). **Collective.**"""
+        from fishdip_ds.checkpoint.state import load
+
+        return load(self, Path(load_dir), tag)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the whole model as an ordinary transformers folder. **Collective**; rank 0 writes."""
+        from fishdip_ds.checkpoint.export import save_pretrained
+
+        return save_pretrained(self.module, self.comm, Path(folder))
+
+    def train(self, mode: bool = True) -> Engine:
+        """Put the model in train mode (dropout on). Like DeepSpeed, the engine never does it by itself."""
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Engine:
+        """Put the model in eval mode."""
+        return self.train(False)
+
+    # ---- the mask --------------------------------------------------------------------------------------
+
+    @property
+    def mask(self) -> Mask:
+        """The mask in force. ``FishdipError`` before the first selection."""
+        if self._mask is None:
+            raise FishdipError("there is no mask yet: it is chosen by the first training forward pass; "
+                               "call engine.refresh() to choose it now.")
+        return self._mask
+
+    def refresh(self) -> Mask:
+        """Choose a new mask now for the coming step, and move the optimizer state to it. **Collective.**"""
+        if self.micro_steps % self.run.accumulation:
+            raise FishdipError("the mask can only change between optimizer steps; finish the accumulation first.")
+        step = self.global_steps + 1
+        self.selector.report = SelectionReport(step)
+        previous = self._mask
+        self._adopt(self.strategy.select(self.selector, step), step)
+        self.monitor.scalars(
+            refresh_events(self.selector.report, self._mask, previous, self.ever_share()), self.global_samples)
+        if self.on_refresh is not None:
+            self.on_refresh(self.selector.report)
+        return self._mask
+
+    def next_refresh(self) -> int | None:
+        """Number of the next optimizer step that chooses a mask; None if no step will."""
+        step = self.global_steps + 1
+        return self.strategy.next_due(step + 1 if self._mask_step == step else step)
+
+    def ever_share(self) -> float:
+        """Share of the eligible weights that has ever been trained, 0 to 1. **Collective.**"""
+        count = torch.tensor([sum(e.numel() for e in self.ever)], dtype=torch.int64, device=self.layout.device())
+        return int(self.comm.all_reduce(count, tag="checks")) / self.layout.eligible_numel
+
+    def set_mask(self, mask: Mask) -> None:
+        """Train exactly the entries of ``mask`` from the coming step on (the same object on all ranks). Local."""
+        self._adopt(mask, self.global_steps + 1)
+
+    @torch.no_grad()
+    def _adopt(self, mask: Mask, step: int) -> None:
+        entries = OwnedEntries.of(mask, [(t.start, t.stop) for t in self.layout.tensors])
+        self.optimizer.move_to(entries, [
+            t.owned().index_select(0, at.to(t.owned().device))
+            for t, at in zip(self.layout.tensors, entries.local, strict=True)])
+        self._use(mask, entries, step)
+        self.ever = [union_sorted(was, now) for was, now in zip(self.ever, entries.local, strict=True)]
+
+    def _use(self, mask: Mask, entries: OwnedEntries, step: int) -> None:
+        self._mask, self._entries, self._mask_step = mask, entries, step
+        self._accumulator = MaskedAccumulator(self.layout, mask, self.layout.device())
+
+    # ---- helpers ---------------------------------------------------------------------------------------
+
+    def to_device(self, batch: dict) -> dict:
+        """``batch`` with its tensors on the compute device. Local."""
+        device = self.layout.device()
+        return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+    def _batch_weight(self, batch: dict) -> float:
+        """What this micro-batch's mean loss is a mean over: its targets, or its rows."""
+        labels = batch.get("labels")
+        if isinstance(labels, torch.Tensor):
+            return target_count(labels, self._shift)
+        rows = next((v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), 1)
+        return float(rows)
+
+    def _write_back(self) -> None:
+        """Put the masters into the weight shards, rounded to the storage dtype, and into full copies in use."""
+        values = self._entries.split(self.optimizer.master)
+        for t, at, new in zip(self.layout.tensors, self._entries.local, values, strict=True):
+            if at.numel():
+                shard = t.owned()
+                shard.index_copy_(0, at.to(shard.device), new.to(shard.device, shard.dtype))
+        self.layout.publish([t for t, (lo, hi) in zip(self.layout.tensors, self._mask.segments, strict=True) if hi > lo])
+
+    def _rms_of_weights(self) -> torch.Tensor:
+        """RMS of each full weight: fp32 [tensors] on the cpu, global. One all-reduce."""
+        squares = torch.stack([t.owned().float().square().sum().to(self.layout.device()) for t in self.layout.tensors])
+        total = self.comm.all_reduce(squares, tag="rms").cpu()
+        return (total / torch.tensor([t.numel for t in self.layout.tensors])).sqrt()

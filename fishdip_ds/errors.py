@@ -1,0 +1,13 @@
+"""Errors that a user can act on: one sentence that names the thing and the fix."""
+
+
+class FishdipError(Exception):
+    """Base of every error that ends a run with a message instead of a traceback."""
+
+
+class DataError(FishdipError):
+    """An input file or example is not as expected."""
+
+
+class ConfigError(FishdipError):
+    """A setting is unknown, contradictory or cannot be honoured."""

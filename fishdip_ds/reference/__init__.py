@@ -1,0 +1,1 @@
+"""Readable dense single-process twins. Slow, memory-hungry, and what the sharded code must equal."""

@@ -1,0 +1,43 @@
+"""Random numbers that selection can use without disturbing training."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+
+_MASK64 = (1 << 64) - 1
+
+
+def mix(*parts: int) -> int:
+    """A 63-bit seed from several integers (splitmix64 finaliser over a running state)."""
+    state = 0x9E3779B97F4A7C15
+    for part in parts:
+        state = (state ^ (part & _MASK64)) & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    return state >> 1
+
+
+@contextmanager
+def own_stream(seed: int):
+    """Run the block with torch's generators seeded by ``seed`` and put them back afterwards."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def uniform_at(seed: int, start: int, stop: int, device: torch.device) -> torch.Tensor:
+    """Uniform numbers in [0, 1) for global positions ``start..stop``: fp32 [stop - start].
+
+    Counter-based (a xorshift-multiply hash of seed and position), so that a shard gets the same numbers
+    whatever the number of ranks. 24 random bits each.
+    """
+    x = torch.arange(start, stop, dtype=torch.int64, device=device)
+    x = x * 0x5851F42D4C957F2D + seed
+    for shift, factor in ((29, 0x1F58476D1CE4E5B9), (32, 0x14D049BB133111EB)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    x = (x >> 40) & ((1 << 24) - 1)
+    return x.to(torch.float32) / (1 << 24)

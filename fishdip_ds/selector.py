@@ -1,0 +1,225 @@
+"""The verbs a strategy is made of: score samples, score weights, take the top. All of them collective.
+
+A strategy sees no shard and no process group, only sample losses and these verbs; the engine never knows
+the name of a strategy.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from fishdip_ds.data.loader import Collate
+from fishdip_ds.errors import ConfigError, FishdipError
+from fishdip_ds.selection.losses import sample_losses, shifts_labels
+from fishdip_ds.selection.mask import Mask
+from fishdip_ds.selection.rng import mix, own_stream, uniform_at
+from fishdip_ds.selection.topk import distributed_topk
+from fishdip_ds.zero3.gradients import GradientTap, SquareAccumulator
+from fishdip_ds.zero3.shards import ShardLayout
+
+logger = logging.getLogger("fishdip_ds")
+LossFn = Callable[[nn.Module, dict], torch.Tensor]
+Scores = dict[int, torch.Tensor]
+"""Owned score shards by tensor index: fp32 [stop - start], local, no padding."""
+
+
+@dataclass
+class SelectionReport:
+    """What one selection did, for logs."""
+
+    step: int
+    """Number of the optimizer step it was made for, from 1."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds by part: losses, scores, topk."""
+    threshold: float = float("nan")
+    """The smallest selected score."""
+    worst: list[tuple[int, float]] = field(default_factory=list)
+    """(sample id, loss) of the samples that fed the scores, worst first; loss is NaN if not computed."""
+
+
+class Selector:
+    """Runs the passes of a selection on a partitioned model and leaves no trace in training.
+
+    Module modes, gradients and the random streams are put back; see DESIGN, "what must always hold", 5.
+    """
+
+    def __init__(self, module: nn.Module, layout: ShardLayout, tap: GradientTap, release: Callable[[], None], *,
+                 seed: int, scan_batch_size: int, dataset: Sequence | None, collate_fn: Collate | None,
+                 loss_fn: LossFn | None, to_device: Callable[[dict], dict], global_batch: int = 1) -> None:
+        self.module, self.layout, self.comm = module, layout, layout.comm
+        self._tap, self._release, self._to_device = tap, release, to_device
+        self._seed, self._scan_batch_size = seed, scan_batch_size
+        self._dataset, self._collate, self._loss_fn = dataset, collate_fn, loss_fn
+        self.global_batch = global_batch
+        self._order: list[list[int]] | None = None
+        self._from_logits = False
+        self._said: set[str] = set()
+        self.report = SelectionReport(0)
+
+    @property
+    def n_samples(self) -> int:
+        """Training samples, E."""
+        if self._dataset is None:
+            raise ConfigError("this strategy scores training samples, but there are none; "
+                              "pass training_data and collate_fn to fishdip_ds.initialize.")
+        return len(self._dataset)
+
+    def losses(self, *, kind: str, train_mode: bool = False) -> torch.Tensor:
+        """Loss of every training sample: fp32 [E] on the cpu, global (the same bits on every rank).
+
+        Batches are cut from the whole set sorted by length and then dealt to ranks, so that what a sample is
+        padded to, and with it the last bit of its loss, does not depend on the number of ranks. **Collective.**
+
+        Raises:
+            FishdipError: on all ranks, naming the first sample whose loss is not finite.
+        """
+        with self._timed("losses"), self._mode(train_mode), torch.no_grad():
+            batches = self._scan_batches()
+            table = torch.zeros(self.n_samples, dtype=torch.float32, device=self.layout.device())
+            for turn in range(-(-len(batches) // self.comm.world)):
+                number = turn * self.comm.world + self.comm.rank
+                ids = batches[number] if number < len(batches) else batches[0]
+                with own_stream(mix(self._seed, self.report.step, 1, ids[0])):
+                    values = self._batch_losses(ids, kind)
+                if number < len(batches):
+                    table[torch.tensor(ids, device=table.device)] = values.float().to(table.device)
+            table = self.comm.all_reduce(table, tag="losses").cpu()
+        bad = (~torch.isfinite(table)).nonzero().view(-1)
+        if bad.numel():
+            raise FishdipError(f"the loss of training sample {int(bad[0])} is {float(table[bad[0]])}; remove the sample, "
+                               "or lower the learning rate if training has diverged.")
+        return table
+
+    def fisher(self, sample_ids: list[int], *, train_mode: bool = False) -> Scores:
+        """Sum over samples of the squared gradient of each one's own mean loss (gold labels). **Collective.**
+
+        Empirical Fisher diagonal, Sung et al. 2021 eq. 4 without the constant; one sample per pass and rank.
+        Every rank runs the same number of passes; those without a sample run one of weight zero.
+        """
+        with self._timed("scores"), self._mode(train_mode), torch.enable_grad():
+            squares = SquareAccumulator(self.layout, self.layout.device())
+            with self._tap.into(squares):
+                for turn in range(-(-len(sample_ids) // self.comm.world)):
+                    number = turn * self.comm.world + self.comm.rank
+                    live = number < len(sample_ids)
+                    sample = sample_ids[number] if live else sample_ids[0]
+                    squares.begin(live)
+                    with own_stream(mix(self._seed, self.report.step, 2, sample)):
+                        self._mean_loss(self._load([sample])).backward()
+                    self._release()
+        return squares.scores
+
+    def uniform(self, purpose: int = 3) -> Scores:
+        """Random scores in [0, 1), the same for any number of ranks. Local."""
+        return {t.index: uniform_at(mix(self._seed, self.report.step, purpose, t.index), t.start, t.stop,
+                                    self.layout.device()) for t in self.layout.eligible}
+
+    def top(self, scores: Scores, density: float) -> Mask:
+        """Mask of the floor(density x eligible weights) largest scores. **Collective.**
+
+        Raises:
+            ConfigError: if that is less than one weight.
+            FishdipError: if a score is not a finite non-negative number.
+        """
+        tensors, layout = self.layout.eligible, self.layout
+        k = int(layout.eligible_numel * density)
+        if k < 1:
+            raise ConfigError(f'"fishdip.density" {density} of {layout.eligible_numel} eligible weights is less than '
+                              f"one weight; set at least {1 / layout.eligible_numel:.2g}.")
+        with self._timed("topk"):
+            found = distributed_topk([scores[t.index] for t in tensors], k, self.comm, [t.name for t in tensors])
+            self.report.threshold = found.threshold
+            owned = {t.index: local + t.start for t, local in zip(tensors, found.selected, strict=True)}
+            return self._share(owned)
+
+    def random_samples(self, n: int) -> list[int]:
+        """n distinct sample ids, seeded; all of them if there are fewer. Local, the same on every rank."""
+        generator = torch.Generator().manual_seed(mix(self._seed, self.report.step, 4))
+        return torch.randperm(self.n_samples, generator=generator)[:n].tolist()
+
+    def note(self, text: str) -> None:
+        """Say something once, on rank 0."""
+        if self.comm.rank == 0 and text not in self._said:
+            self._said.add(text)
+            logger.warning(text)
+
+    def _share(self, owned: dict[int, torch.Tensor]) -> Mask:
+        """Put the ranks' selected indices together on every rank: k int32 are sent once by their owners."""
+        layout, device = self.layout, self.layout.device()
+        empty = torch.zeros(0, dtype=torch.int32, device=device)
+        mine = [owned.get(t.index, empty) for t in layout.tensors]
+        sizes = self.comm.all_gather(torch.tensor([m.numel() for m in mine], device=device), tag="topk").cpu()
+        parts = self.comm.all_gather_ragged(torch.cat(mine).to(torch.int32), sizes.sum(1).tolist(), tag="mask")
+        by_rank = [part.split(size) for part, size in zip(parts, sizes.tolist(), strict=True)]
+        mask = Mask(tuple(t.name for t in layout.tensors), tuple(t.numel for t in layout.tensors),
+                    layout.eligible_numel,
+                    tuple(torch.cat([ranks[t.index] for ranks in by_rank]) for t in layout.tensors))
+        digests = self.comm.gather_objects(mask.hash())
+        if len(set(digests)) > 1:
+            raise FishdipError(f"the mask differs between ranks ({digests}); the ranks must run the same versions.")
+        return mask
+
+    def _scan_batches(self) -> list[list[int]]:
+        if self._order is None:
+            size = self._scan_batch_size
+            if self._loss_fn is None:
+                self._from_logits = self._logits_tell()
+                size = size if self._from_logits else 1
+            lengths = [_length(self._dataset[i]) for i in range(self.n_samples)]
+            ids = sorted(range(self.n_samples), key=lambda i: (-lengths[i], i))
+            self._order = [ids[at : at + size] for at in range(0, len(ids), size)]
+        return self._order
+
+    def _logits_tell(self) -> bool:
+        """Whether per-sample losses can be had from the logits of a batch; if not, batches are of one sample."""
+        with own_stream(self._seed):
+            batch = self._load([0])
+            logits = getattr(self.module(**batch), "logits", None)
+        return isinstance(logits, torch.Tensor) and "labels" in batch and logits.dim() == batch["labels"].dim() + 1 == 3
+
+    def _batch_losses(self, ids: list[int], kind: str) -> torch.Tensor:
+        batch = self._load(ids)
+        if self._loss_fn is not None:
+            return self._loss_fn(self.module, batch)
+        out = self.module(**batch)
+        if self._from_logits:
+            return sample_losses(out.logits, batch["labels"], kind, shifts_labels(self.module))
+        return out.loss.reshape(1)
+
+    def _mean_loss(self, batch: dict) -> torch.Tensor:
+        return self._loss_fn(self.module, batch).sum() if self._loss_fn else self.module(**batch).loss
+
+    def _load(self, ids: list[int]) -> dict:
+        return self._to_device(self._collate([self._dataset[i] for i in ids]))
+
+    @contextmanager
+    def _mode(self, train: bool) -> Iterator[None]:
+        """Train or eval mode for the block; every submodule gets its own flag back."""
+        before = [(m, m.training) for m in self.module.modules()]
+        self.module.train(train)
+        try:
+            yield
+        finally:
+            for module, flag in before:
+                module.training = flag
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.report.seconds[part] = self.report.seconds.get(part, 0.0) + time.perf_counter() - begin
+
+
+def _length(item: object) -> int:
+    """How long a dataset item is: its tokens, so that batches of the loss scan hold little padding."""
+    if isinstance(item, dict):
+        return sum(len(item[key]) for key in ("input_ids", "labels")
+                   if key in item and hasattr(item[key], "__len__"))
+    return len(item) if hasattr(item, "__len__") else 0

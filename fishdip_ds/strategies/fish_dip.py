@@ -1,0 +1,48 @@
+"""FISH-DIP: Fisher scores on the samples with the worst losses, chosen again as training goes on.
+
+Das et al. 2023, "Unified low-resource sequence labeling by sample-aware dynamic sparse finetuning"
+(arXiv 2311.03748), section 3.
+"""
+
+from __future__ import annotations
+
+from fishdip_ds.selection.losses import reference_worst_count, worst
+from fishdip_ds.selection.mask import Mask
+from fishdip_ds.selector import Selector
+from fishdip_ds.strategies.base import Strategy
+
+
+class FishDip(Strategy):
+    """Before step 1 and before every multiple of ``refresh_interval``: losses, worst n, Fisher, global top-k."""
+
+    needs_samples = True
+
+    def due(self, step: int) -> bool:
+        """Steps 1, m, 2m, ..."""
+        return step == 1 or step % self.config.refresh_interval == 0
+
+    def next_due(self, step: int) -> int | None:
+        """The next multiple of m, or 1."""
+        m = self.config.refresh_interval
+        return 1 if step == 1 else -(-step // m) * m
+
+    def select(self, selector: Selector, step: int) -> Mask:
+        """See the class."""
+        mode = self.config.select_mode_first if step == 1 else self.config.select_mode_refresh
+        train_mode = mode == "train"
+        losses = selector.losses(kind=self.config.sample_loss, train_mode=train_mode)
+        n = self.worst_count(selector.n_samples, selector.global_batch)
+        if self.config.worst_count_unit == "samples" and n < self.config.worst_samples >= 1:
+            selector.note(f"worst_samples {self.config.worst_samples} is capped at {n}: "
+                          f"there are {selector.n_samples} training samples.")
+        chosen = worst(losses, n)
+        selector.report.worst = [(i, float(losses[i])) for i in chosen]
+        return selector.top(selector.fisher(chosen, train_mode=train_mode), self.config.density)
+
+    def worst_count(self, n_samples: int, global_batch: int) -> int:
+        """n: as configured, at least 1, and below the number of samples (unless there is but one)."""
+        if self.config.worst_count_unit == "batches":
+            return max(1, reference_worst_count(n_samples, global_batch))
+        asked = self.config.worst_samples
+        n = round(asked * n_samples) if isinstance(asked, float) else asked
+        return max(1, min(n, n_samples - 1))

@@ -1,0 +1,1 @@
+"""The only room that touches ``ds_*`` attributes and DeepSpeed internals."""

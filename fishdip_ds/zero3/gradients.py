@@ -1,0 +1,137 @@
+"""Gradients as they appear: a hook per parameter hands each full local gradient to one sink, then frees it.
+
+ZeRO-3's own gradient path is not in use (no DeepSpeed optimizer), so the gradient that a
+post-accumulate hook sees is this rank's own, unreduced, of the whole tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+
+from fishdip_ds.selection.mask import Mask
+from fishdip_ds.zero3.shards import ShardLayout, TensorShard
+
+Sink = Callable[[TensorShard, torch.Tensor], None]
+
+
+class GradientTap:
+    """Post-accumulate hooks on every trainable parameter. At most one sink listens at a time.
+
+    Without a sink gradients are dropped at once: nothing of a gradient ever outlives its layer.
+    """
+
+    def __init__(self, layout: ShardLayout) -> None:
+        self._sink: Sink | None = None
+        self._handles = [
+            t.param.register_post_accumulate_grad_hook(self._hook(t)) for t in layout.tensors if t.param.requires_grad]
+
+    def _hook(self, tensor: TensorShard) -> Callable[[torch.Tensor], None]:
+        def take(param: torch.Tensor) -> None:
+            grad, param.grad = param.grad, None
+            if self._sink is not None and tensor.eligible and grad is not None:
+                self._sink(tensor, grad.to_dense() if grad.is_sparse else grad)
+
+        return take
+
+    @contextmanager
+    def into(self, sink: Sink):
+        """Send the gradients of backward passes inside the block to ``sink``."""
+        before, self._sink = self._sink, sink
+        try:
+            yield
+        finally:
+            self._sink = before
+
+    def close(self) -> None:
+        """Remove all hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class MaskedAccumulator:
+    """Sum of weighted gradients at the masked entries over the micro-batches of one optimizer step.
+
+    One flat fp32 buffer holds the k-vector and behind it what else the step must sum over ranks, so that
+    a step needs a single all-reduce: [k gradient sums | weight | weight x loss | used flag per tensor].
+    """
+
+    def __init__(self, layout: ShardLayout, mask: Mask, device: torch.device) -> None:
+        self._k = mask.count
+        self.buffer = torch.zeros(self._k + 2 + len(layout.tensors), dtype=torch.float32, device=device)
+        self._views = {
+            index: (indices, self.buffer[lo:hi])
+            for index, (indices, (lo, hi)) in enumerate(zip(mask.by_tensor, mask.segments, strict=True)) if hi > lo}
+        self._weight = 0.0
+
+    def begin(self, weight: float, loss: torch.Tensor) -> None:
+        """Note the coming backward pass: its ``weight`` (target tokens or samples) and mean loss (0-D)."""
+        self._weight = weight
+        if weight:
+            self.buffer[self._k] += weight
+            self.buffer[self._k + 1] += loss.detach().float() * weight
+
+    def __call__(self, tensor: TensorShard, grad: torch.Tensor) -> None:
+        if not self._weight:  # a filler batch only keeps the ranks in step; its gradient may be anything
+            return
+        self.buffer[self._k + 2 + tensor.index] = 1.0
+        view = self._views.get(tensor.index)
+        if view is not None:
+            indices, sums = view
+            sums.add_(grad.reshape(-1).index_select(0, indices).float(), alpha=self._weight)
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """The k-vector: fp32 [k], sums over micro-batches (and over ranks after the all-reduce)."""
+        return self.buffer[: self._k]
+
+    @property
+    def totals(self) -> torch.Tensor:
+        """fp32 [2]: summed weight, summed weight x loss."""
+        return self.buffer[self._k : self._k + 2]
+
+    @property
+    def used(self) -> torch.Tensor:
+        """fp32 [tensors]: how many ranks saw a gradient of each tensor in this step (after the all-reduce)."""
+        return self.buffer[self._k + 2 :]
+
+    def reset(self) -> None:
+        """Start the next optimizer step."""
+        self.buffer.zero_()
+
+
+class SquareAccumulator:
+    """Owned shards of the sum over samples of squared per-sample gradients: the empirical Fisher diagonal.
+
+    Each backward pass inside is one sample on each rank. Squares are taken before any reduction and
+    travel to their owner, who adds them **in sample order**: a reduce-scatter would send as many bytes,
+    but adds in an order that depends on N, and with it the mask. So scores are bitwise the same for
+    every number of ranks, as long as rank r takes samples r, r+N, r+2N, ...
+    """
+
+    def __init__(self, layout: ShardLayout, device: torch.device) -> None:
+        self._layout = layout
+        self._live = True
+        self.scores: dict[int, torch.Tensor] = {
+            t.index: torch.zeros(t.stop - t.start, dtype=torch.float32, device=device) for t in layout.eligible}
+        """Per eligible tensor index: fp32 [stop - start], local, no padding."""
+
+    def begin(self, live: bool) -> None:
+        """Note whether this rank's coming backward pass is a real sample or a filler that must count as zero."""
+        self._live = live
+
+    def __call__(self, tensor: TensorShard, grad: torch.Tensor) -> None:
+        comm, score = self._layout.comm, self.scores[tensor.index]
+        if comm.world == 1:
+            if self._live:
+                score.add_(grad.reshape(-1).float().square_())
+            return
+        piece = self._layout.piece_numel(tensor)
+        pieces = torch.zeros(comm.world * piece, dtype=torch.float32, device=grad.device)
+        if self._live:
+            pieces[: tensor.numel] = grad.reshape(-1)
+            pieces.square_()
+        for from_rank in comm.all_to_all(pieces.view(comm.world, piece), tag="scores"):
+            score.add_(from_rank[: tensor.stop - tensor.start])

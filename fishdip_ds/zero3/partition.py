@@ -1,0 +1,68 @@
+"""Let DeepSpeed partition a model, with no optimizer of its own."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fishdip_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+OURS = ("fishdip", "optimizer", "scheduler", "gradient_clipping")
+"""Sections of the JSON that the compact engine serves itself and DeepSpeed must not see."""
+
+
+def partition(model: nn.Module, ds_config: dict) -> DeepSpeedEngine:
+    """Shard ``model`` in place over all ranks and return the DeepSpeed engine around it. **Collective.**
+
+    The engine has hooks that gather and release parameters, and the monitor; it has no optimizer and
+    no gradient buffer, so the persistent cost is the weight shard alone. A model that was loaded under
+    ``HfDeepSpeedConfig`` is sharded already and is taken as it is.
+    """
+    import deepspeed
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+
+    config = {key: copy.deepcopy(value) for key, value in ds_config.items() if key not in OURS}
+    if is_partitioned(model):
+        # DeepSpeed would cast every parameter that is not there yet; a sharded model keeps its dtypes.
+        config.pop("bf16", None)
+    elif not config.get("bf16", {}).get("enabled"):
+        _refuse_half(model)
+    engine = deepspeed.initialize(model=model, config=config)[0]
+    if not isinstance(engine.optimizer, DeepSpeedZeRoOffload):
+        raise ConfigError(
+            f"DeepSpeed {deepspeed.__version__} built {type(engine.optimizer).__name__} instead of a bare ZeRO-3 "
+            "parameter partitioner; install the deepspeed version of constraints.txt.")
+    return engine
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """True if any parameter of ``model`` is a ZeRO-3 shard already."""
+    return any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+def _refuse_half(model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        if p.dtype == torch.float16:
+            raise ConfigError(f"parameter {name} is float16, which T5 and Fisher scores overflow; "
+                              "load the model in bfloat16 or float32.")
+
+
+def release_leftovers(engine: DeepSpeedEngine) -> None:
+    """Free parameters still gathered after a backward pass because no hook of their module fired.
+
+    On T5 these are the shared embedding and the relative position biases.
+    """
+    engine.optimizer.release_backward_leftovers()
+
+
+def gathered(params: list[nn.Parameter]):
+    """Context in which ``params`` hold their full values on every rank (read only). **Collective.**"""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(params, modifier_rank=None)

@@ -1,0 +1,150 @@
+"""A model's tensors as this rank sees them: what it owns, how to read it, how to write it.
+
+ZeRO-3 cuts each flattened tensor into N equal pieces, the last ones padded. ``TensorShard`` hides the
+padding: its owned view is exactly the elements ``[start, stop)`` of the flattened tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from fishdip_ds.distributed import Comm
+from fishdip_ds.errors import ConfigError
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class TensorShard:
+    """One unique parameter (tied storage appears once) and this rank's part of it."""
+
+    index: int
+    """Position in ``ShardLayout.tensors``, the order of ``named_parameters()``."""
+    name: str
+    param: nn.Parameter
+    shape: tuple[int, ...]
+    """Global shape."""
+    numel: int
+    """Global number of elements, without padding."""
+    offset: int
+    """Global flat index of the first element in the concatenation of all tensors."""
+    start: int
+    """First flat index inside the tensor that this rank owns."""
+    stop: int
+    """One past the last owned flat index; ``start == stop`` when this rank holds only padding."""
+    eligible: bool
+    """Whether selection may pick entries of it."""
+
+    def owned(self) -> torch.Tensor:
+        """Local view of the owned elements: 1-D [stop - start], the parameter's dtype, no padding."""
+        return self.param.ds_tensor.data.view(-1)[: self.stop - self.start]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage dtype of the weight."""
+        return self.param.ds_tensor.dtype
+
+
+class ShardLayout:
+    """All tensors of a partitioned model, in ``named_parameters()`` order."""
+
+    def __init__(self, model: nn.Module, comm: Comm, eligible_patterns: tuple[str, ...] = ("*",)) -> None:
+        self.comm = comm
+        self.tensors: list[TensorShard] = []
+        offset = 0
+        for name, param in model.named_parameters():
+            piece = param.ds_tensor.numel()
+            start = min(comm.rank * piece, param.ds_numel)
+            stop = min(start + piece, param.ds_numel)
+            may_train = param.requires_grad and param.ds_tensor.dtype.is_floating_point
+            self.tensors.append(TensorShard(
+                index=len(self.tensors), name=name, param=param, shape=tuple(param.ds_shape), numel=param.ds_numel,
+                offset=offset, start=start, stop=stop, eligible=may_train and _matches(name, eligible_patterns)))
+            offset += param.ds_numel
+        self.numel = offset
+        self.by_name = {t.name: t for t in self.tensors}
+        self.eligible = [t for t in self.tensors if t.eligible]
+        self.eligible_numel = sum(t.numel for t in self.eligible)
+        _check_patterns([t.name for t in self.tensors], eligible_patterns)
+        for t in self.eligible:
+            if t.numel > INT32_MAX:
+                raise ConfigError(f"{t.name} has {t.numel} elements, more than int32 indices can name; "
+                                  f'exclude it with "eligible": ["*", "!{t.name}"].')
+        if not self.eligible:
+            raise ConfigError('no eligible parameter: every one is frozen or excluded by "eligible" '
+                              f"{list(eligible_patterns)}; widen the patterns or unfreeze a parameter.")
+
+    def piece_numel(self, tensor: TensorShard) -> int:
+        """Elements of one rank's piece, padding included; the same on every rank."""
+        return tensor.param.ds_tensor.numel()
+
+    def device(self) -> torch.device:
+        """Device on which gradients appear and compact state lives (not the shard's when off-loaded)."""
+        from deepspeed.accelerator import get_accelerator
+
+        return torch.device(get_accelerator().current_device_name())
+
+    @torch.no_grad()
+    def publish(self, tensors: list[TensorShard]) -> None:
+        """Make written shards visible where a full copy is kept. **Collective**, one all-gather a dtype.
+
+        ZeRO-3 keeps small tensors gathered between steps (``stage3_param_persistence_threshold``) and
+        would go on computing with the old values. Whether a tensor is gathered right now is the same on
+        all ranks, since all run the same modules.
+        """
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        kept = [t for t in tensors if t.param.ds_status == ZeroParamStatus.AVAILABLE]
+        for dtype in sorted({t.dtype for t in kept}, key=str):
+            group = [t for t in kept if t.dtype == dtype]
+            if self.comm.world == 1:
+                for t in group:
+                    full = t.param.data.view(-1)
+                    if full.data_ptr() != t.param.ds_tensor.data_ptr():
+                        full.copy_(t.param.ds_tensor.view(-1)[: t.numel])
+                continue
+            device = self.device()
+            pieces = torch.cat([t.param.ds_tensor.data.view(-1).to(device) for t in group])
+            gathered = self.comm.all_gather(pieces, tag="weights")
+            at = 0
+            for t in group:
+                n = self.piece_numel(t)
+                t.param.data.view(-1).copy_(gathered[:, at : at + n].reshape(-1)[: t.numel])
+                at += n
+
+    def fingerprints(self) -> dict[str, int]:
+        """A 63-bit checksum of each tensor's global value, the same for any number of ranks. **Collective.**
+
+        Sum of (bit pattern x odd position weight) modulo 2^64, so that it adds up over shards.
+        """
+        sums = torch.zeros(len(self.tensors), dtype=torch.int64, device=self.device())
+        for t in self.tensors:
+            bits = t.owned().view(_INT_OF_SIZE[t.dtype.itemsize])
+            for begin in range(0, bits.numel(), 1 << 20):
+                part = bits[begin : begin + (1 << 20)].to(torch.int64)
+                place = torch.arange(t.start + begin, t.start + begin + part.numel(), device=part.device)
+                sums[t.index] += (part * (2 * place + 1)).sum().to(sums.device)
+        self.comm.all_reduce(sums, tag="checks")
+        return {t.name: int(v) & ((1 << 63) - 1) for t, v in zip(self.tensors, sums.tolist(), strict=True)}
+
+
+_INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Last matching pattern wins; a leading ``!`` excludes."""
+    chosen = all(p.startswith("!") for p in patterns)
+    for pattern in patterns:
+        if fnmatchcase(name, pattern.removeprefix("!")):
+            chosen = not pattern.startswith("!")
+    return chosen
+
+
+def _check_patterns(names: list[str], patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in names):
+            raise ConfigError(f'"eligible" pattern {pattern!r} matches no parameter; names look like {names[0]!r}.')

@@ -1,0 +1,69 @@
+"""Small models and configurations that many tests share."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def tiny_t5(*, tied: bool = True, seed: int = 0, dropout: float = 0.0, dtype: torch.dtype = torch.float32):
+    """A T5 of about 16,000 weights with odd sizes, so that shards are uneven at 2, 3 and 4 ranks."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=61, d_model=18, d_kv=5, num_heads=3, d_ff=31, num_layers=2, num_decoder_layers=2,
+                      dropout_rate=dropout, relative_attention_num_buckets=7, feed_forward_proj="gated-gelu",
+                      decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+    torch.manual_seed(seed)
+    model = T5ForConditionalGeneration(config)
+    if not tied:
+        untie(model)
+    return model.to(dtype)
+
+
+def untie(model) -> None:
+    """Give a T5 its own output head; a configuration alone cannot (it always ties)."""
+    head = nn.Linear(model.config.d_model, model.config.vocab_size, bias=False)
+    with torch.no_grad():
+        head.weight.normal_(std=0.3)
+    model.lm_head = head
+    model._tied_weights_keys = {}
+    model.config.tie_word_embeddings = False
+
+
+class TextPairs(torch.utils.data.Dataset):
+    """Synthetic samples of different lengths: ``input_ids`` and ``labels``."""
+
+    def __init__(self, n: int, *, vocab: int = 61, seed: int = 1, longest: int = 9) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.items = []
+        for _ in range(n):
+            sizes = torch.randint(2, longest + 1, (2,), generator=generator).tolist()
+            self.items.append({key: torch.randint(2, vocab, (size,), generator=generator).tolist() + [1]
+                               for key, size in zip(("input_ids", "labels"), sizes, strict=True)})
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.items[index]
+
+
+def collate(items: list[dict]) -> dict[str, torch.Tensor]:
+    """Pad to the longest of the batch: pads are masked out of the input, -100 in the labels."""
+    def pad(key: str, fill: int) -> torch.Tensor:
+        width = max(len(i[key]) for i in items)
+        return torch.tensor([i[key] + [fill] * (width - len(i[key])) for i in items])
+
+    ids = pad("input_ids", 0)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": pad("labels", -100)}
+
+
+def ds_config(*, micro: int = 2, accumulation: int = 1, threshold: int = 0, lr: float = 1e-2, clip: float = 1.0,
+              optimizer: dict | None = None, bf16: bool = False, **fishdip: object) -> dict:
+    """A ZeRO-3 configuration for small models."""
+    return {
+        "train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip, "bf16": {"enabled": bf16},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": threshold},
+        "optimizer": optimizer or {"type": "AdamW", "params": {"lr": lr, "eps": 1e-3, "weight_decay": 0.01}},
+        "fishdip": {"density": 0.05, "refresh_interval": 3, "worst_samples": 5, "scan_batch_size": 4, **fishdip}}

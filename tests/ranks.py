@@ -1,0 +1,103 @@
+"""Real ranks for tests: pools of gloo processes that stay alive between tests of one world size.
+
+``run(world, function, *args)`` calls a module-level function on every rank, ``function(*args)``, and returns
+the list of results in rank order. A rank that fails, or does not answer in time, fails the test with its
+traceback and its pool is replaced.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+
+_POOLS: dict[int, Pool] = {}
+
+
+def run(world: int, function: Callable, *args: object, timeout_s: float = 300) -> list:
+    """Results of ``function(*args)`` on ``world`` ranks, in rank order."""
+    pool = _POOLS.get(world)
+    if pool is None:
+        for other in [w for w in _POOLS if w != world]:  # memory: one pool at a time
+            _POOLS.pop(other).close()
+        pool = _POOLS[world] = Pool(world)
+    try:
+        return pool.run(function, args, timeout_s)
+    except BaseException:
+        _POOLS.pop(world).kill()
+        raise
+
+
+class Pool:
+    """``world`` spawned processes with a gloo group among them."""
+
+    def __init__(self, world: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.pipes, self.processes = [], []
+        for rank in range(world):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, world, port), daemon=True)
+            process.start()
+            self.pipes.append(mine)
+            self.processes.append(process)
+
+    def run(self, function: Callable, args: tuple, timeout_s: float) -> list:
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        results, failures = [None] * len(self.pipes), []
+        for rank, pipe in enumerate(self.pipes):
+            try:
+                ok, value = pipe.recv() if pipe.poll(timeout_s) else (False, f"no answer in {timeout_s} s")
+            except EOFError:
+                ok, value = False, "the process died"
+            if ok:
+                results[rank] = value
+            else:
+                failures.append(f"rank {rank}: {value}")
+                timeout_s = 5  # the others may be waiting for the one that failed
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(20)
+        self.kill()
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _serve(pipe, rank: int, world: int, port: int) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    import torch
+
+    torch.set_num_threads(1)
+    from fishdip_ds.distributed import close_distributed, init_distributed
+
+    init_distributed()
+    while (job := pipe.recv()) is not None:
+        function, args = job
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+    close_distributed()
+
+
+@atexit.register
+def _close_all() -> None:
+    for pool in _POOLS.values():
+        pool.kill()
