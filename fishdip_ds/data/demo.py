@@ -1,0 +1,202 @@
+"""A demo corpus that this project generates: facts about an invented world, seen as each of the five tasks.
+
+Names are composed, so there are thousands, and they collide on purpose: a surname can be a town's stem, a
+museum carries a town's name, a product an organization's stem, "May" is a month. Test names never occur in
+train or dev, and about a third of the test sentences use patterns that train has not seen.
+
+``python -m fishdip_ds.data.demo --out DIR`` writes all views of all splits as JSON lines, and NER as columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fishdip_ds.data import demo_words as words
+from fishdip_ds.data.datasets import Splits
+from fishdip_ds.tasks.base import Example, Schema
+
+SIZES = {"train": 240, "dev": 100, "test": 200}
+TYPES = {"P": "person", "O": "organization", "L": "location", "W": "product", "D": "date"}
+TASKS = ("ner", "joint_er", "relation", "srl", "dst")
+_TOKEN = re.compile(r"<[A-Z0-9-]+|>|\{\w+\}|[^\s<>{}]+")
+
+
+@dataclass
+class Fact:
+    """One sentence with all its annotations; spans are [start, end) over ``tokens``."""
+
+    tokens: list[str]
+    entities: list[tuple[int, int, str]] = field(default_factory=list)
+    relations: list[tuple[int, str, int]] = field(default_factory=list)
+    """(head, relation, tail), positions in ``entities``."""
+    roles: list[tuple[int, int, str]] = field(default_factory=list)
+
+
+class World:
+    """Names of one pool: ``held_out`` names occur in the test split alone."""
+
+    def __init__(self, rng: random.Random, held_out: bool) -> None:
+        self.rng = rng
+        self.first = _pool(words.FIRST, held_out)
+        self.stems = _pool(words.STEMS, held_out)
+        self.companies = _pool(words.COMPANY_STEMS, held_out)
+
+    def name(self, kind: str) -> str:
+        """A new name of type ``P O L W D``, or of the distractors ``trade`` and ``thing``."""
+        rng, pick = self.rng, self.rng.choice
+        if kind == "P":
+            surname = pick(self.stems) + pick(words.SURNAME_ENDS)
+            return surname if rng.random() < 0.2 else f"{pick(self.first)} {surname}"
+        if kind == "L":
+            town = pick(self.stems) + pick(words.TOWN_ENDS)
+            return pick(words.REGIONS).format(town) if rng.random() < 0.25 else town
+        if kind == "O":
+            if rng.random() < 0.3:
+                return pick(words.INSTITUTES).format(pick(self.stems) + pick(words.TOWN_ENDS))
+            stem = pick(self.companies)
+            return f"{stem} {pick(words.COMPANY_TAILS)}" if rng.random() < 0.5 else stem + pick(words.COMPANY_ENDS)
+        if kind == "W":
+            return f"{pick(self.companies)}{pick(words.PRODUCT_ENDS)}" + (
+                f" {pick(words.PRODUCT_TAILS)}" if rng.random() < 0.5 else "")
+        if kind == "D":
+            return pick([pick(words.MONTHS), pick(words.DAYS), str(rng.randint(1950, 2024)),
+                         f"{pick(words.MONTHS)} {rng.randint(1950, 2024)}", f"{rng.randint(1, 28)} {pick(words.MONTHS)}"])
+        return pick(words.TRADES if kind == "trade" else words.THINGS)
+
+
+def _pool(names: list[str], held_out: bool) -> list[str]:
+    return [n for i, n in enumerate(names) if (i % 3 == 2) == held_out]
+
+
+def write_fact(pattern: str, relations: list[tuple[str, str, str]], world: World) -> Fact:
+    """Fill one pattern with names of ``world``."""
+    text = re.sub(r"\(([^)]*)\)", lambda m: world.rng.choice(m[1].split("|")), pattern)
+    fact, slots, open_role = Fact([]), {}, None
+    for piece in _TOKEN.findall(text):
+        if piece == ">":
+            fact.roles.append((open_role[1], len(fact.tokens), open_role[0]))
+        elif piece.startswith("<"):
+            open_role = (piece[1:], len(fact.tokens))
+        elif piece.startswith("{"):
+            slot = piece[1:-1]
+            new = world.name(slot if slot in ("trade", "thing") else slot[0]).split()
+            if slot[0] in TYPES and slot[1:].isdigit():
+                slots[slot] = len(fact.entities)
+                skip = new[0] == "the"  # an article is not part of a name
+                fact.entities.append((len(fact.tokens) + skip, len(fact.tokens) + len(new), TYPES[slot[0]]))
+            fact.tokens += new
+        else:
+            fact.tokens.append(piece)
+    fact.relations = [(slots[head], name, slots[tail]) for head, name, tail in relations]
+    return fact
+
+
+def facts(split: str, seed: int, size: int | None = None) -> list[Fact]:
+    """The sentences of a split, all different; the same for the same (split, seed, size)."""
+    rng = random.Random(f"fishdip demo {split} {seed}")
+    world = World(rng, held_out=split == "test")
+    out, seen = [], set()
+    while len(out) < (size or SIZES[split]):
+        unseen = split == "test" and rng.random() < 0.35
+        fact = write_fact(*rng.choice(words.TEST_PATTERNS if unseen else words.TRAIN_PATTERNS), world)
+        if tuple(fact.tokens) not in seen:
+            seen.add(tuple(fact.tokens))
+            out.append(fact)
+    return out
+
+
+def load_demo(task: str, seed: int) -> Splits:
+    """The demo corpus as splits of one task.
+
+    Raises:
+        KeyError: for a task that has no reader of examples yet.
+    """
+    if task != "ner":
+        raise KeyError(task)
+    splits = {split: [Example(id=f"demo-{split}-{i}", tokens=tuple(f.tokens), entities=tuple(f.entities))
+                      for i, f in enumerate(facts(split, seed))] for split in SIZES}
+    return Splits(**splits, schema=Schema({t: t for t in TYPES.values()}), source=f"demo (seed {seed})")
+
+
+def demo_view(task: str, split: str, seed: int) -> list[dict]:
+    """One task's view of a split in neutral JSON form; the keys are those of ``_view``.
+
+    ner: tokens, entities [start, end, type]. joint_er: also relations {type, head, tail} (entity positions).
+    relation: tokens, head [start, end], tail [start, end], relation. srl: tokens, predicate [start, end],
+    arguments [start, end, role]. dst: dialogue id, turn, history (alternating user and agent), state (sorted
+    ``domain-slot-value``).
+    """
+    if task == "dst":
+        return _dialogues(split, seed)
+    return [row for fact in facts(split, seed) for row in _view(task, fact)]
+
+
+def _view(task: str, fact: Fact) -> list[dict]:
+    if task == "ner":
+        return [{"tokens": fact.tokens, "entities": fact.entities}]
+    if task == "joint_er":
+        relations = [{"type": name, "head": head, "tail": tail} for head, name, tail in fact.relations]
+        return [{"tokens": fact.tokens, "entities": fact.entities, "relations": relations}]
+    if task == "relation":
+        return [{"tokens": fact.tokens, "head": fact.entities[head][:2], "tail": fact.entities[tail][:2],
+                 "relation": name} for head, name, tail in fact.relations]
+    predicate = next(r for r in fact.roles if r[2] == "V")
+    return [{"tokens": fact.tokens, "predicate": predicate[:2], "arguments": [r for r in fact.roles if r[2] != "V"]}]
+
+
+_SLOTS = {"hotel": ("area", "price range", "stars"), "restaurant": ("area", "food", "price range"),
+          "train": ("day", "departure", "destination")}
+_VALUES = {"area": ["north", "south", "east", "west", "centre"], "price range": ["cheap", "moderate", "expensive"],
+           "stars": ["2", "3", "4", "5"], "food": ["thai", "greek", "indian", "polish"],
+           "day": [d.lower() for d in words.DAYS]}
+_SAYS = {"area": "in the {}", "price range": "that is {}", "stars": "with {} stars", "food": "serving {} food",
+         "day": "on {}", "departure": "from {}", "destination": "to {}"}
+
+
+def _dialogues(split: str, seed: int) -> list[dict]:
+    rng = random.Random(f"fishdip demo dst {split} {seed}")
+    world = World(rng, held_out=split == "test")
+    rows = []
+    for number in range(SIZES[split] // 3):
+        history, state = [], {}
+        for turn, domain in enumerate(rng.sample(sorted(_SLOTS), k=2)):
+            chosen = rng.sample(_SLOTS[domain], k=rng.randint(1, 3))
+            for slot in chosen:
+                state[domain, slot] = rng.choice(_VALUES[slot]) if slot in _VALUES else world.name("L").lower()
+            history.append(f"I need a {domain} " + " ".join(_SAYS[s].format(state[domain, s]) for s in chosen) + " .")
+            rows.append({"dialogue": f"demo-{split}-{number}", "turn": turn, "history": list(history),
+                         "state": sorted(f"{d}-{s}-{v}" for (d, s), v in state.items())})
+            history.append(rng.choice(["Sure , anything else ?", "I found one . Shall I book it ?"]))
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the corpus to disk."""
+    parser = argparse.ArgumentParser(description="Write the demo corpus: every task, every split.")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to; made if it is not there")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other sentences (default 0)")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for split in SIZES:
+        for task in TASKS:
+            lines = [json.dumps(row) for row in demo_view(task, split, args.seed)]
+            (args.out / f"{task}.{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (args.out / f"{split}.txt").write_text(
+            "\n".join(_columns(fact) for fact in facts(split, args.seed)), encoding="utf-8")
+    print(f"wrote {len(SIZES)} splits of {len(TASKS)} tasks to {args.out}")
+
+
+def _columns(fact: Fact) -> str:
+    labels = ["O"] * len(fact.tokens)
+    for start, end, kind in fact.entities:
+        labels[start:end] = [f"B-{kind}", *[f"I-{kind}"] * (end - start - 1)]
+    return "".join(f"{token}\t{label}\n" for token, label in zip(fact.tokens, labels, strict=True))
+
+
+if __name__ == "__main__":
+    main()

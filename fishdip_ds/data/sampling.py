@@ -1,0 +1,56 @@
+"""Low-resource subsets of a training set: which examples, in which order."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+from fishdip_ds.errors import ConfigError
+from fishdip_ds.tasks.base import Example
+
+
+def by_fraction(n: int, fraction: float, seed: int) -> list[int]:
+    """The first ``round(fraction x n)`` of the shuffled indices: the subsets of TANL and FISH-DIP.
+
+    Raises:
+        ConfigError: if the fraction is not in (0, 1] or leaves no example.
+    """
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"a fraction of {fraction} of the training set; give one in (0, 1], 1 percent is 0.01.")
+    count = round(fraction * n)
+    if count == 0:
+        raise ConfigError(f"{fraction} of {n} training examples is none; give at least {1 / n:.3g}.")
+    return by_count(n, count, seed)
+
+
+def by_count(n: int, count: int, seed: int) -> list[int]:
+    """The first ``count`` (at most n) of the shuffled indices. The global random stream is left alone."""
+    if count < 1:
+        raise ConfigError(f"{count} training examples were asked for; give at least 1.")
+    order = list(range(n))
+    random.Random(seed).shuffle(order)
+    return order[:count]
+
+
+def by_shots(examples: Sequence[Example], shots: int, seed: int) -> list[int]:
+    """Examples in shuffled order, each taken while one of its types has fewer than ``shots`` entities so far.
+
+    Every type of the data ends with at least ``shots`` entities if it has that many; rare types are served first, so
+    that the others mostly come along with them.
+    """
+    if shots < 1:
+        raise ConfigError(f"{shots} shots per type were asked for; give at least 1.")
+    total = Counter(kind for e in examples for _, _, kind in e.entities)
+    have: Counter[str] = Counter()
+    chosen: list[int] = []
+    order = by_count(len(examples), len(examples), seed)
+    for kind in sorted(total, key=lambda t: (total[t], t)):
+        for i in order:
+            if have[kind] >= shots:
+                break
+            kinds = [t for _, _, t in examples[i].entities]
+            if kind in kinds and i not in chosen:
+                chosen.append(i)
+                have.update(kinds)
+    return chosen

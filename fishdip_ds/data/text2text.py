@@ -1,0 +1,94 @@
+"""Examples as token ids, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from fishdip_ds.errors import DataError
+from fishdip_ds.selection.losses import IGNORE
+from fishdip_ds.tasks.base import Example, Task
+
+Item = dict[str, list[int]]
+
+
+class Text2TextDataset(Dataset):
+    """Tokenised (input, target) pairs of one task; an item's index is its sample id.
+
+    Items have ``input_ids`` and ``labels`` (target ids). With ``causal`` (decoder-only models) ``input_ids`` is
+    prompt and target in one, ``labels`` the same with -100 on the prompt, and ``prompt_ids`` the prompt alone.
+    What exceeds a limit is cut, keeping the end token of a target, and counted in ``cut_inputs``,
+    ``cut_targets``.
+    """
+
+    def __init__(self, examples: Sequence[Example], task: Task, tokenizer: PreTrainedTokenizerBase, *,
+                 max_input_length: int, max_target_length: int, causal: bool = False) -> None:
+        if not examples:
+            raise DataError("a split is empty; give at least one example.")
+        self.examples = list(examples)
+        inputs = tokenizer([task.input_text(e) + ("\n" if causal else "") for e in self.examples])["input_ids"]
+        targets = tokenizer([task.target_text(e) for e in self.examples], add_special_tokens=not causal)["input_ids"]
+        if causal:
+            targets = [[*ids, tokenizer.eos_token_id] for ids in targets]
+        self.cut_inputs = sum(len(ids) > max_input_length for ids in inputs)
+        self.cut_targets = sum(len(ids) > max_target_length for ids in targets)
+        self._items = [self._item(_cut(i, max_input_length, causal), _cut(t, max_target_length, False), causal)
+                       for i, t in zip(inputs, targets, strict=True)]
+
+    @staticmethod
+    def _item(source: list[int], target: list[int], causal: bool) -> Item:
+        if not causal:
+            return {"input_ids": source, "labels": target}
+        return {"input_ids": source + target, "labels": [IGNORE] * len(source) + target, "prompt_ids": source}
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Item:
+        return self._items[index]
+
+
+def _cut(ids: list[int], limit: int, head: bool) -> list[int]:
+    """At most ``limit`` ids; the last one (an end token) survives unless ``head`` is set."""
+    if len(ids) <= limit:
+        return ids
+    return ids[:limit] if head else [*ids[: limit - 1], ids[-1]]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads items into a batch of int64 tensors on the cpu: ``input_ids``, ``attention_mask``, ``labels``."""
+
+    pad_id: int
+    pad_inputs_to: int = 0
+    """Pad inputs to this length; 0: to the longest of the batch."""
+    pad_targets_to: int = 0
+    """Pad targets to this length; 0: to the longest of the batch."""
+    label_pad: int = IGNORE
+    """What pads labels; the reference code pads with the pad id, which then counts as a target."""
+    causal: bool = False
+    """Decoder-only: prompts are padded on the left, so that generation starts right after them."""
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
+        ids, mask = self._pad([i["input_ids"] for i in items], self.pad_id, self.pad_inputs_to)
+        labels, _ = self._pad([i["labels"] for i in items], self.label_pad,
+                              ids.shape[1] if self.causal else self.pad_targets_to)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def prompts(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
+        """What ``generate`` reads: ``input_ids`` and ``attention_mask``."""
+        rows = [i["prompt_ids" if self.causal else "input_ids"] for i in items]
+        ids, mask = self._pad(rows, self.pad_id, 0, left=self.causal)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    @staticmethod
+    def _pad(rows: list[list[int]], fill: int, width: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(width, *(len(r) for r in rows))
+        gaps = [width - len(r) for r in rows]
+        ids = [[fill] * g + r if left else r + [fill] * g for r, g in zip(rows, gaps, strict=True)]
+        mask = [[0] * g + [1] * len(r) if left else [1] * len(r) + [0] * g for r, g in zip(rows, gaps, strict=True)]
+        return torch.tensor(ids), torch.tensor(mask)
