@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,23 +28,15 @@ def partition(model: nn.Module, ds_config: dict) -> DeepSpeedEngine:
     import deepspeed
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its start-up says hundreds of lines
     config = {key: copy.deepcopy(value) for key, value in ds_config.items() if key not in OURS}
-    if is_partitioned(model):
-        # DeepSpeed would cast every parameter that is not there yet; a sharded model keeps its dtypes.
-        config.pop("bf16", None)
-    elif not config.get("bf16", {}).get("enabled"):
-        _refuse_half(model)
+    _refuse_half(model)
     engine = deepspeed.initialize(model=model, config=config)[0]
     if not isinstance(engine.optimizer, DeepSpeedZeRoOffload):
         raise ConfigError(
             f"DeepSpeed {deepspeed.__version__} built {type(engine.optimizer).__name__} instead of a bare ZeRO-3 "
             "parameter partitioner; install the deepspeed version of constraints.txt.")
     return engine
-
-
-def is_partitioned(model: nn.Module) -> bool:
-    """True if any parameter of ``model`` is a ZeRO-3 shard already."""
-    return any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 def _refuse_half(model: nn.Module) -> None:

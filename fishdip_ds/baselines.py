@@ -1,0 +1,153 @@
+"""Stock DeepSpeed ZeRO-3 behind the engine's verbs: ``full`` finetuning, and ``lora`` through HF PEFT."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fishdip_ds.data.loader import FILLER, StepLoader
+from fishdip_ds.distributed import Comm
+from fishdip_ds.ds_config import RunConfig
+from fishdip_ds.engine import StepStats
+from fishdip_ds.errors import ConfigError, FishdipError
+from fishdip_ds.monitoring import Monitor, peak_memory_gib
+from fishdip_ds.selector import LossFn
+
+
+class StockEngine:
+    """DeepSpeed's own engine and optimizer, for comparison. Every verb means what it means in ``Engine``.
+
+    Stock in all respects: the loss of a step is the mean over ranks and micro-batches of their mean losses.
+    """
+
+    def __init__(self, model: nn.Module, run: RunConfig, comm: Comm, *, loss_fn: LossFn | None = None) -> None:
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        if loss_fn is not None:
+            raise ConfigError('strategies "full" and "lora" take the loss of the model; leave loss_fn out.')
+        self.run, self.comm = run, comm
+        if run.fishdip.strategy == "lora":
+            model = add_lora(model, run.fishdip.lora_r, run.fishdip.lora_alpha)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = _optimizer(trainable, run.ds["optimizer"])
+        config = {k: copy.deepcopy(v) for k, v in run.ds.items() if k not in ("fishdip", "optimizer", "scheduler")}
+        config["zero_allow_untested_optimizer"] = True
+        self.deepspeed = deepspeed.initialize(model=model, config=config, optimizer=self.optimizer,
+                                              model_parameters=trainable)[0]
+        self.module: nn.Module = self.deepspeed.module
+        self.monitor = Monitor(self.deepspeed.monitor)
+        self.lr_scheduler = None
+        self.loader: StepLoader | None = None
+        self.on_refresh = None
+        self.last: StepStats | None = None
+        self.global_steps = self.global_samples = self.micro_steps = 0
+        self._filler = False
+        self._loss_sum = torch.zeros(1, device=self.deepspeed.device)
+        self._last_step_at = time.perf_counter()
+
+    def __call__(self, **batch: torch.Tensor):
+        """Forward one micro-batch. **Collective.**"""
+        ids = batch.pop("sample_ids", None)
+        self._filler = ids is not None and bool((ids == FILLER).all())
+        return self.deepspeed(**{k: v.to(self.deepspeed.device) for k, v in batch.items()})
+
+    forward = __call__
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """DeepSpeed's backward; a filler batch counts as zero. **Collective.**"""
+        loss = loss * 0.0 if self._filler else loss
+        self._loss_sum += loss.detach().float()
+        self.deepspeed.backward(loss)
+        self.micro_steps += 1
+
+    def step(self) -> None:
+        """DeepSpeed's step, and the schedule at an accumulation boundary. **Collective.**"""
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        self.deepspeed.step()
+        if self.micro_steps % self.run.accumulation:
+            return
+        loss = float(self.comm.all_reduce(self._loss_sum, tag="checks")) / (self.run.accumulation * self.comm.world)
+        self._loss_sum.zero_()
+        if loss != loss:
+            raise FishdipError(f"the loss is NaN at optimizer step {self.global_steps + 1}; lower the learning rate.")
+        self.global_steps += 1
+        self.global_samples += self.run.global_batch
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        now = time.perf_counter()
+        norm = self.deepspeed.get_global_grad_norm()
+        self.last = StepStats(loss, float(norm or 0.0), lr, self.run.global_batch / (now - self._last_step_at))
+        self._last_step_at = now
+        self.monitor.scalars({
+            "Train/Samples/train_loss": loss, "Train/Samples/lr": lr, "Train/Samples/grad_norm": self.last.grad_norm,
+            "Train/Samples/samples_per_s": self.last.samples_per_s, "Train/Memory/peak_gib": peak_memory_gib()},
+            self.global_samples)
+
+    def save_checkpoint(self, save_dir: str | Path, tag: str | None = None, client_state: dict | None = None) -> Path:
+        """DeepSpeed's checkpoint, tied to this number of ranks. **Collective.**"""
+        tag = tag or f"step-{self.global_steps:06d}"
+        state = {"ours": client_state or {}, "loader": self.loader and self.loader.state_dict(),
+                 "steps": self.global_steps, "scheduler": self.lr_scheduler and self.lr_scheduler.state_dict()}
+        self.deepspeed.save_checkpoint(str(save_dir), tag=tag, client_state=state,
+                                       exclude_frozen_parameters=self.run.fishdip.strategy == "lora")
+        return Path(save_dir) / tag
+
+    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[Path, dict]:
+        """Restore DeepSpeed's checkpoint. **Collective.**"""
+        path, state = self.deepspeed.load_checkpoint(str(load_dir), tag=tag, load_lr_scheduler_states=False,
+                                                     load_module_strict=self.run.fishdip.strategy != "lora")
+        if path is None:
+            raise FishdipError(f"no checkpoint of stock DeepSpeed in {load_dir}; give the folder that holds 'latest'.")
+        self.global_steps = state["steps"]
+        self.global_samples = self.global_steps * self.run.global_batch
+        self.micro_steps = self.global_steps * self.run.accumulation
+        if self.loader is not None and state["loader"]:
+            self.loader.load_state_dict(state["loader"])
+        if self.lr_scheduler is not None and state["scheduler"]:
+            self.lr_scheduler.load_state_dict(state["scheduler"])
+        return Path(path), state["ours"]
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Model folder (``full``) or adapter folder (``lora``). **Collective.**"""
+        from fishdip_ds.checkpoint.export import save_pretrained
+
+        return save_pretrained(self.module, self.comm, Path(folder))
+
+    def next_refresh(self) -> None:
+        """Nothing is ever chosen."""
+
+    def train(self, mode: bool = True) -> StockEngine:
+        """Train mode."""
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> StockEngine:
+        """Eval mode."""
+        return self.train(False)
+
+
+def add_lora(model: nn.Module, rank: int, alpha: int) -> nn.Module:
+    """LoRA adapters on every linear layer but the output head (HF PEFT's ``all-linear``)."""
+    try:
+        import peft
+    except ImportError:
+        raise ConfigError('strategy "lora" needs peft; install fishdip_ds[lora].') from None
+    task = "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, task_type=task,
+                                                      target_modules="all-linear"))
+
+
+def _optimizer(params: list[nn.Parameter], section: dict) -> torch.optim.Optimizer:
+    options = dict(section["params"])
+    for key in ("adam_w_mode", "torch_adam", "scale_parameter", "relative_step", "warmup_init", "beta1"):
+        options.pop(key, None)
+    if section["type"] == "Adafactor":
+        raise ConfigError('strategies "full" and "lora" shard the optimizer state elementwise, which Adafactor\'s row and '
+                          'column means do not survive; set "optimizer.type" to AdamW.')
+    return torch.optim.AdamW(params, **options)

@@ -1,0 +1,1 @@
+"""State that survives: checkpoints for any number of ranks, and ordinary model folders."""

@@ -1,0 +1,175 @@
+"""A checkpoint of everything that decides the future, but not of the untouched weights.
+
+One file of tensors, keyed ``<kind>/<parameter name>``, and one manifest. Entries are named by global flat
+indices, so any number of ranks can read what any other wrote. Weights that were never trained are those of
+the base model, whose checksum per tensor is in the manifest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fishdip_ds.checkpoint.files import STATE, read_folder, write_folder
+from fishdip_ds.errors import FishdipError
+from fishdip_ds.optim.compact import OwnedEntries
+from fishdip_ds.selection.mask import Mask
+
+if TYPE_CHECKING:
+    from fishdip_ds.engine import Engine
+
+
+def save(engine: Engine, save_dir: Path, tag: str | None, client_state: dict) -> Path:
+    """See ``Engine.save_checkpoint``. **Collective**; rank 0 writes, all ranks fail together."""
+    mask, comm = engine.mask, engine.comm
+    if engine.micro_steps % engine.run.accumulation:
+        raise FishdipError("a checkpoint can only be taken between optimizer steps; finish the accumulation first.")
+    folder = save_dir / (tag or f"step-{engine.global_steps:06d}")
+    tensors = _gather(engine)
+    for rank, state in enumerate(comm.gather_objects(_random_state())):
+        tensors.update({f"rng/{kind}/{rank}": value for kind, value in state.items()})
+    tensors.update({f"optimizer/{k}": v.cpu().clone() for k, v in engine.optimizer.dense_state().items()})
+    manifest = {
+        "format": 1, "world": comm.world, "global_steps": engine.global_steps,
+        "global_samples": engine.global_samples, "mask_step": engine._mask_step, "mask_hash": mask.hash(),
+        "strategy": engine.run.fishdip.strategy, "optimizer": type(engine.optimizer).__name__,
+        "entry_state": [name for name, _ in engine.optimizer.ENTRY_STATE],
+        "tensors": {t.name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."),
+                             "base": engine.base_fingerprints[t.name]} for t in engine.layout.tensors},
+        "lr": [group["lr"] for group in engine.optimizer.param_groups],
+        "scheduler": _scheduler_state(engine.lr_scheduler),
+        "loader": engine.loader.state_dict() if engine.loader is not None else None,
+        "client_state": client_state, "config": engine.run.ds,
+    }
+    error = None
+    if comm.rank == 0:
+        try:
+            write_folder(folder, tensors, manifest)
+        except FishdipError as caught:
+            error = caught
+    comm.raise_together(error)
+    return folder
+
+
+@torch.no_grad()
+def load(engine: Engine, load_dir: Path, tag: str | None) -> tuple[Path, dict]:
+    """See ``Engine.load_checkpoint``. **Collective**; all ranks fail together and nothing has changed then.
+
+    The model must hold the base weights it was made with (as after ``fishdip_ds.initialize``).
+    """
+    from safetensors import safe_open
+
+    error, found = None, None
+    try:
+        found = read_folder(load_dir, tag)
+        _check(engine, *found)
+    except FishdipError as caught:
+        error = caught
+    engine.comm.raise_together(error)
+    folder, manifest = found
+    with safe_open(folder / STATE, framework="pt") as file:
+        _restore(engine, file, manifest)
+    return folder, manifest["client_state"]
+
+
+def _gather(engine: Engine) -> dict[str, torch.Tensor]:
+    """All entries of all ranks, in global index order, on the cpu of rank 0 (empty elsewhere). Collective."""
+    layout, comm, out = engine.layout, engine.comm, {}
+    owned = {name: engine._entries.split(v) for name, v in engine.optimizer.vectors().items()}
+    for t in layout.tensors:
+        rows = {f"mask/{t.name}": engine._entries.local[t.index] + t.start,
+                f"ever/{t.name}": engine.ever[t.index] + t.start,
+                f"value/{t.name}": t.owned()[engine.ever[t.index].to(t.owned().device)].to(layout.device()),
+                **{f"{name}/{t.name}": parts[t.index] for name, parts in owned.items()}}
+        sizes = comm.all_gather(torch.tensor([rows[f"mask/{t.name}"].numel(), rows[f"ever/{t.name}"].numel()],
+                                             device=layout.device()), tag="checkpoint").tolist()
+        for key, mine in rows.items():
+            which = 1 if key.startswith(("ever/", "value/")) else 0
+            parts = comm.all_gather_ragged(mine.contiguous(), [s[which] for s in sizes], tag="checkpoint")
+            if comm.rank == 0 and sum(s[which] for s in sizes):
+                whole = torch.cat(parts).cpu()
+                out[key] = whole.to(torch.int32) if key.startswith(("mask/", "ever/")) else whole
+    return out
+
+
+def _check(engine: Engine, folder: Path, manifest: dict) -> None:
+    """Refuse a checkpoint of another model, other base weights or another optimizer."""
+    stored, layout = manifest["tensors"], engine.layout
+    ours = {t.name: list(t.shape) for t in layout.tensors}
+    for name in [*ours, *stored]:
+        if name not in stored or name not in ours:
+            raise FishdipError(f"{folder} is of another model: {name} is only in "
+                               f"{'this model' if name in ours else 'the checkpoint'}; load the model it was made with.")
+        if stored[name]["shape"] != ours[name]:
+            raise FishdipError(f"{folder} is of another model: {name} has shape {stored[name]['shape']} there and "
+                               f"{ours[name]} here; load the model it was made with.")
+        if stored[name]["base"] != engine.base_fingerprints[name]:
+            raise FishdipError(f"{folder} was trained from other base weights: {name} differs; load the same "
+                               "pretrained model in the same dtype.")
+    kind = type(engine.optimizer).__name__
+    if manifest["optimizer"] != kind:
+        raise FishdipError(f'{folder} holds {manifest["optimizer"]} state, but "optimizer.type" is {kind}; use the same.')
+
+
+def _restore(engine: Engine, file, manifest: dict) -> None:
+    layout, keys = engine.layout, set(file.keys())
+    device = layout.device()
+
+    def get(key: str, dtype: torch.dtype) -> torch.Tensor:
+        return file.get_tensor(key) if key in keys else torch.zeros(0, dtype=dtype)
+
+    by_tensor = tuple(get(f"mask/{t.name}", torch.int32).to(device) for t in layout.tensors)
+    mask = Mask(tuple(t.name for t in layout.tensors), tuple(t.numel for t in layout.tensors),
+                layout.eligible_numel, by_tensor)
+    entries = OwnedEntries.of(mask, [(t.start, t.stop) for t in layout.tensors])
+    vectors = {}
+    for name, dtype in (("master", torch.float32), *engine.optimizer.ENTRY_STATE):
+        parts = [get(f"{name}/{t.name}", dtype)[lo - base : hi - base].to(device) for t, (lo, hi), (base, _)
+                 in zip(layout.tensors, entries.pieces, mask.segments, strict=True)]
+        vectors[name] = torch.cat(parts)
+    engine.optimizer.bind(entries, vectors)
+    engine.optimizer.load_dense_state(
+        {k.removeprefix("optimizer/"): file.get_tensor(k) for k in keys if k.startswith("optimizer/")})
+    for t in layout.tensors:
+        ever = get(f"ever/{t.name}", torch.int32).long()
+        inside = (ever >= t.start) & (ever < t.stop)
+        engine.ever[t.index] = (ever[inside] - t.start).to(device)
+        shard = t.owned()
+        shard[(ever[inside] - t.start).to(shard.device)] = get(f"value/{t.name}", t.dtype)[inside].to(shard)
+    layout.publish(layout.tensors)
+    engine._use(mask, entries, manifest["mask_step"])
+    engine.global_steps, engine.global_samples = manifest["global_steps"], manifest["global_samples"]
+    engine.micro_steps = engine.global_steps * engine.run.accumulation
+    for group, lr in zip(engine.optimizer.param_groups, manifest["lr"], strict=True):
+        group["lr"] = lr
+    if engine.lr_scheduler is not None and manifest["scheduler"] is not None:
+        engine.lr_scheduler.load_state_dict(manifest["scheduler"])
+    if engine.loader is not None and manifest["loader"] is not None:
+        engine.loader.load_state_dict(manifest["loader"])
+    if manifest["world"] == engine.comm.world:  # random streams are per rank; another world starts its own
+        _set_random_state({k.split("/")[1]: file.get_tensor(k) for k in keys
+                           if k.startswith("rng/") and k.endswith(f"/{engine.comm.rank}")})
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _scheduler_state(scheduler) -> dict | None:
+    """The JSON-able part of a scheduler's state: counters, not the functions of a LambdaLR."""
+    if scheduler is None:
+        return None
+    plain = (int, float, str, bool, type(None))
+    return {k: v for k, v in scheduler.state_dict().items()
+            if isinstance(v, plain) or (isinstance(v, list) and all(isinstance(x, plain) and x is not None for x in v))}

@@ -1,0 +1,1 @@
+"""The trainer: flags, model loading, the loop, evaluation by generation."""

@@ -1,0 +1,166 @@
+"""Command-line flags of ``launch/train.py``. Flags beat the JSON."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from fishdip_ds.config import STRATEGIES, FishdipConfig
+from fishdip_ds.ds_config import read_json
+from fishdip_ds.errors import ConfigError
+
+EPILOG = """examples:
+  deepspeed launch/train.py --ds_config ds_configs/z3.json
+  torchrun --nproc-per-node 2 launch/train.py --ds_config ds_configs/z3.json --task ner --data data/conll03 --fraction 0.05
+  deepspeed launch/train.py --ds_config ds_configs/z3_bf16.json --model google/flan-t5-xl --data data/ontonotes --shots 10
+  deepspeed launch/train.py --ds_config ds_configs/z3.json --strategy lora --lr 1e-3
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run that is fully said."""
+
+    args: argparse.Namespace
+    ds: dict
+    """The DeepSpeed JSON with every flag applied; may still hold ``"auto"``."""
+
+
+def parse(argv: list[str] | None = None) -> Job:
+    """Read flags and the JSON they point to.
+
+    Raises:
+        ConfigError: for settings that contradict each other or files that cannot be read.
+    """
+    args = build_parser().parse_args(argv)
+    given = [name for name in ("fraction", "count", "shots") if getattr(args, name) is not None]
+    if len(given) > 1:
+        raise ConfigError(f"--{given[0]} and --{given[1]} both choose training examples; give one of them.")
+    for name in ("epochs", "max_steps", "max_input_length", "max_target_length", "eval_batch_size", "num_beams"):
+        if getattr(args, name) < (0 if name in ("epochs", "max_steps") else 1):
+            raise ConfigError(f"--{name} is {getattr(args, name)}; give at least 1.")
+    ds = read_json(args.ds_config)
+    if args.output is None:
+        args.output = Path("runs") / f"{args.task}-{_strategy(args, ds)}"
+    section = ds.setdefault("fishdip", {})
+    for field in dataclasses.fields(FishdipConfig):
+        value = getattr(args, field.name)
+        if value is not None:
+            section[field.name] = value
+    for flag, path in (("batch_size", "train_micro_batch_size_per_gpu"), ("accumulation", "gradient_accumulation_steps"),
+                       ("clip", "gradient_clipping")):
+        if getattr(args, flag) is not None:
+            ds[path] = getattr(args, flag)
+            ds.pop("train_batch_size", None)
+    optimizer = ds.setdefault("optimizer", {"type": "AdamW", "params": {}})
+    if args.optimizer is not None:
+        optimizer["type"], optimizer["params"] = args.optimizer, {"lr": optimizer.get("params", {}).get("lr", "auto")}
+    params = optimizer.setdefault("params", {})
+    if args.lr is not None:
+        params["lr"] = args.lr
+    if args.weight_decay is not None:
+        params["weight_decay"] = args.weight_decay
+    if args.lr_scheduler is not None:
+        ds.pop("scheduler", None)
+    if args.bf16:
+        ds["bf16"] = {"enabled": True}
+    if args.no_tensorboard:
+        ds.pop("tensorboard", None)
+    return Job(args, ds)
+
+
+def fills(args: argparse.Namespace) -> dict[str, object]:
+    """Values for what the JSON leaves ``"auto"``."""
+    return {"tensorboard.output_path": str(args.output / "tensorboard"), "tensorboard.job_name": "run",
+            "csv_monitor.output_path": str(args.output / "csv"), "csv_monitor.job_name": "run",
+            "wandb.project": "fishdip_ds", "optimizer.params.lr": 1e-3, "train_micro_batch_size_per_gpu": 8,
+            "scheduler.params.warmup_num_steps": max(2, args.warmup_steps), "scheduler.params.warmup_min_lr": 0.0}
+
+
+def _strategy(args: argparse.Namespace, ds: dict) -> str:
+    return args.strategy or ds.get("fishdip", {}).get("strategy", "fish_dip")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; ``--help`` explains every flag."""
+    parser = argparse.ArgumentParser(
+        prog="launch/train.py", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Finetune a chosen few weights of a pretrained model for sequence labeling as text-to-text.")
+    parser.add_argument("--ds_config", type=Path, required=True, help="DeepSpeed JSON with a \"fishdip\" section")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher sets it
+
+    what = parser.add_argument_group("model and data")
+    what.add_argument("--model", default=None,
+                      help="transformers name or folder, seq2seq or decoder-only (default: a small T5 shipped here)")
+    what.add_argument("--task", default="ner", help="ner (default)")
+    what.add_argument("--data", default="demo", help="folder with train, dev and test column files, or READER:FOLDER, or "
+                      "demo, a generated corpus (default)")
+    what.add_argument("--labels", type=Path, help="JSON file {label: natural name}; default: lower-cased labels")
+    what.add_argument("--fraction", type=float, help="train on this share of the training set, 0 to 1")
+    what.add_argument("--count", type=int, help="train on this many examples")
+    what.add_argument("--shots", type=int, help="train on about this many entities per type")
+    what.add_argument("--subset_seed", type=int, default=1, help="which examples a subset holds (default 1)")
+    what.add_argument("--max_input_length", type=int, default=256, help="tokens of an input; longer ones are cut in "
+                      "training and evaluation and counted (default 256)")
+    what.add_argument("--max_target_length", type=int, default=256, help="tokens of a target, and of a generated string "
+                      "(default 256)")
+    what.add_argument("--output", type=Path, help="folder of the run (default runs/TASK-STRATEGY)")
+
+    train = parser.add_argument_group("training")
+    train.add_argument("--max_steps", type=int, default=0, help="optimizer steps (default: from --epochs)")
+    train.add_argument("--epochs", type=int, default=20, help="passes over the training set (default 20)")
+    train.add_argument("--lr", type=float, help="learning rate (default: the JSON's, else 1e-3)")
+    train.add_argument("--lr_scheduler", choices=["linear", "constant", "cosine"],
+                       help="schedule; beats the JSON's \"scheduler\" (default: the JSON's, else linear to 0)")
+    train.add_argument("--warmup_steps", type=int, default=0, help="steps of linear warm-up (default 0)")
+    train.add_argument("--batch_size", type=int, help="samples per rank and forward pass (JSON: micro batch)")
+    train.add_argument("--accumulation", type=int, help="forward passes per optimizer step")
+    train.add_argument("--clip", type=float, help="largest norm of the masked gradient; 0 does not clip")
+    train.add_argument("--optimizer", choices=["AdamW", "Adafactor"], help="compact optimizer")
+    train.add_argument("--weight_decay", type=float, help="decoupled weight decay")
+    train.add_argument("--bf16", action="store_true", help="weights and activations in bfloat16")
+    train.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
+    train.add_argument("--resume", nargs="?", const="", metavar="FOLDER",
+                       help="go on from the last checkpoint of FOLDER (default: of --output)")
+    train.add_argument("--save_interval", type=int, default=0, help="steps between checkpoints (default: only at the end)")
+
+    look = parser.add_argument_group("evaluation and logs")
+    look.add_argument("--eval_interval", type=int, default=0, help="steps between dev scores (default: only at the end)")
+    look.add_argument("--eval_batch_size", type=int, default=64, help="sentences generated at a time per rank (default 64)")
+    look.add_argument("--eval_limit", type=int, default=0, help="score only the first N of dev and test (default: all)")
+    look.add_argument("--num_beams", type=int, default=1, help="beams of generation; 1 is greedy (default)")
+    look.add_argument("--no_eval_before", action="store_true", help="skip the scores before training")
+    look.add_argument("--no_tensorboard", action="store_true", help="write no TensorBoard files")
+    look.add_argument("--export", action="store_true", help="also write the trained model as a transformers folder")
+
+    choose = parser.add_argument_group("which weights (the \"fishdip\" section; flags beat it)")
+    types = {"int": int, "float": float, "str": str, "int | float": _number}
+    for field in dataclasses.fields(FishdipConfig):
+        flag, doc = f"--{field.name}", f"{_field_doc(field.name)} (default {field.default})".replace("%", "%%")
+        if field.name == "strategy":
+            choose.add_argument(flag, choices=STRATEGIES, help=doc)
+        elif field.name == "eligible":
+            choose.add_argument(flag, nargs="+", metavar="GLOB", help=doc)
+        elif field.type == "bool":
+            choose.add_argument(flag, action="store_true", default=None, help=doc)
+        else:
+            choose.add_argument(flag, type=types[field.type], help=doc)
+    return parser
+
+
+def _number(text: str) -> int | float:
+    return float(text) if "." in text or "e" in text.lower() else int(text)
+
+
+def _field_doc(name: str) -> str:
+    """The string under a field of ``FishdipConfig``: its one documentation."""
+    import ast
+    import inspect
+
+    body = ast.parse(inspect.getsource(FishdipConfig)).body[0].body
+    for node, after in zip(body, body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and node.target.id == name:
+            return " ".join(after.value.value.split()).rstrip(".")
+    return name

@@ -1,0 +1,62 @@
+"""Load any transformers model straight into ZeRO-3 shards."""
+
+from __future__ import annotations
+
+import logging
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from fishdip_ds.ds_config import RunConfig
+from fishdip_ds.errors import ConfigError
+
+
+def embedded_model() -> Path:
+    """Folder of the small T5 that ships with the package."""
+    return Path(str(files("fishdip_ds") / "assets" / "tiny_t5"))
+
+
+def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; a missing pad token becomes the end token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_hub(AutoTokenizer.from_pretrained, name or embedded_model())
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str | None, run: RunConfig, *, gradient_checkpointing: bool = False) -> nn.Module:
+    """A seq2seq or decoder-only model, sharded while it is read (never a whole copy per rank). **Collective.**
+
+    Parameters come in bf16 if the configuration enables it, else in fp32.
+
+    Raises:
+        ConfigError: naming the model that cannot be loaded, and why.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    source = name or embedded_model()
+    config = _from_hub(AutoConfig.from_pretrained, source)
+    factory = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    dtype = torch.bfloat16 if run.ds.get("bf16", {}).get("enabled") else torch.float32
+    keep = HfDeepSpeedConfig({k: v for k, v in run.ds.items() if k != "fishdip"})  # noqa: F841  alive while loading
+    logging.getLogger("transformers.integrations.deepspeed").setLevel(logging.ERROR)
+    model = _from_hub(factory.from_pretrained, source, dtype=dtype)
+    if gradient_checkpointing:
+        model.config.use_cache = False
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _from_hub(load, source: str | Path, **options: object):
+    try:
+        return load(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0]
+        raise ConfigError(f"cannot load {source}: {reason} Give the folder of a transformers model, or a hub name "
+                          "on a machine that reaches the hub.") from None

@@ -1,0 +1,9 @@
+"""Finetune a chosen few weights: ``deepspeed launch/train.py --ds_config ds_configs/z3.json``.
+
+Also under ``torchrun`` and as plain ``python`` (one process). ``--help`` explains every flag.
+"""
+
+from fishdip_ds.training.main import main
+
+if __name__ == "__main__":
+    main()
