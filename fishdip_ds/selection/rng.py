@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 _MASK64 = (1 << 64) - 1
+_CHUNK = 1 << 20
 
 
 def mix(*parts: int) -> int:
@@ -35,9 +36,11 @@ def uniform_at(seed: int, start: int, stop: int, device: torch.device) -> torch.
     Counter-based (a xorshift-multiply hash of seed and position), so that a shard gets the same numbers
     whatever the number of ranks. 24 random bits each.
     """
-    x = torch.arange(start, stop, dtype=torch.int64, device=device)
-    x = x * 0x5851F42D4C957F2D + seed
-    for shift, factor in ((29, 0x1F58476D1CE4E5B9), (32, 0x14D049BB133111EB)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    x = (x >> 40) & ((1 << 24) - 1)
-    return x.to(torch.float32) / (1 << 24)
+    out = torch.empty(stop - start, dtype=torch.float32, device=device)
+    for begin in range(start, stop, _CHUNK):
+        end = min(begin + _CHUNK, stop)
+        x = torch.arange(begin, end, dtype=torch.int64, device=device) * 0x5851F42D4C957F2D + seed
+        for shift, factor in ((29, 0x1F58476D1CE4E5B9), (32, 0x14D049BB133111EB)):
+            x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+        out[begin - start : end - start] = ((x >> 40) & ((1 << 24) - 1)).to(torch.float32) / (1 << 24)
+    return out

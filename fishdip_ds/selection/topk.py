@@ -18,7 +18,7 @@ from fishdip_ds.errors import FishdipError
 
 DIGITS = ((20, 11), (10, 10), (0, 10))
 """(shift, bits) of the three passes; the sign bit is 0."""
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 """Scores read at a time, so that temporaries stay small."""
 
 

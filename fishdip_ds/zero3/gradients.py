@@ -14,6 +14,8 @@ import torch
 from fishdip_ds.selection.mask import Mask
 from fishdip_ds.zero3.shards import ShardLayout, TensorShard
 
+CHUNK = 1 << 20
+"""Elements squared at a time on one rank, so that the fp32 copy of a large bf16 gradient stays small."""
 Sink = Callable[[TensorShard, torch.Tensor], None]
 
 
@@ -126,7 +128,9 @@ class SquareAccumulator:
         comm, score = self._layout.comm, self.scores[tensor.index]
         if comm.world == 1:
             if self._live:
-                score.add_(grad.reshape(-1).float().square_())
+                flat = grad.reshape(-1)
+                for part, into in zip(flat.split(CHUNK), score.split(CHUNK), strict=True):
+                    into.add_(part.float().square_())  # not addcmul: a fused multiply-add rounds differently
             return
         piece = self._layout.piece_numel(tensor)
         pieces = torch.zeros(comm.world * piece, dtype=torch.float32, device=grad.device)
