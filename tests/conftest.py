@@ -21,4 +21,4 @@ def shared_dir() -> Path:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run tests of one world size together: their ranks stay alive between tests (see ``ranks.py``)."""
-    items.sort(key=lambda item: getattr(item, "callspec", None) and item.callspec.params.get("world", 0) or 0)
+    items.sort(key=lambda item: (getattr(item, "callspec", None) and item.callspec.params.get("world", 0)) or 0)

@@ -145,7 +145,7 @@ def _restore(engine: Engine, file, manifest: dict) -> None:
     for group, lr in zip(engine.optimizer.param_groups, manifest["lr"], strict=True):
         group["lr"] = lr
     if engine.lr_scheduler is not None and manifest["scheduler"] is not None:
-        engine.lr_scheduler.load_state_dict(manifest["scheduler"])
+        engine.lr_scheduler.load_state_dict({**engine.lr_scheduler.state_dict(), **manifest["scheduler"]})
     if engine.loader is not None and manifest["loader"] is not None:
         engine.loader.load_state_dict(manifest["loader"])
     if manifest["world"] == engine.comm.world:  # random streams are per rank; another world starts its own

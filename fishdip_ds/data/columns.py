@@ -3,49 +3,105 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 from fishdip_ds.errors import DataError
 from fishdip_ds.tasks.base import Example, Span
 
 _PREFIXED = re.compile(r"([BIESLU])-(.+)")
-_BARE = re.compile(r"(?![BIESLU]-)[A-Za-z][\w.&/-]*")
+# One letter and a dash is a prefix that we do not know (or in lower case), not the start of a type.
+_BARE = re.compile(r"(?![A-Za-z]-)[A-Za-z][\w.&/-]*")
 
 
-def read_columns(path: Path) -> list[Example]:
+class _Row(NamedTuple):
+    number: int
+    """Line number, from 1."""
+    fields: list[str]
+    """Columns; empty where a sentence ends."""
+
+
+def read_columns(path: Path, known: Collection[str] | None = None, known_from: str = "the label map") -> list[Example]:
     """All sentences of a file labelled in BIO, IOB1, BIOES (or BILOU) or IO.
 
-    Columns are separated by tabs if the file has any, else by spaces. ``-DOCSTART-`` lines end a sentence.
+    Columns are separated by tabs if the file has any, else by spaces (no other white space separates: tokens of
+    web text hold it). ``-DOCSTART-`` lines end a sentence. A file in which some label has a prefix must not hold bare
+    types, and all its lines must have equally many columns: a label that went missing would else be read as an
+    entity of whatever the column before it says.
+
+    Args:
+        known: types that may occur; None: any. ``known_from`` names their source in the error.
 
     Raises:
-        DataError: naming file and line: missing, empty or undecodable file, a line without a label, or a
-            label that is neither ``O``, nor ``B-TYPE`` and the like, nor a bare type.
+        DataError: naming file and line: missing, empty or undecodable file, a line without a label or with
+            another number of columns, a label that is neither ``O``, nor ``B-TYPE`` and the like, nor a bare type,
+            or a type that is not ``known``.
     """
     lines = _lines(path)
-    separator = "\t" if any("\t" in line for line in lines) else None
-    sentences: list[tuple[list[str], list[str]]] = [([], [])]
-    for number, line in enumerate(lines, start=1):
-        if not line.strip() or line.startswith("-DOCSTART-"):
-            if sentences[-1][0]:
-                sentences.append(([], []))
-            continue
-        fields = [f.strip(" ") for f in line.split(separator)]
-        if len(fields) < 2 or not fields[0] or not fields[-1]:
-            raise DataError(f"{path}, line {number}: found {line[:60]!r}, expected a token and a label separated by "
-                            f"{'a tab' if separator else 'spaces'}; mend the line.")
+    separator = "tab" if any("\t" in line for line in lines) else "space"
+    rows = [_Row(number, _fields(line, separator)) for number, line in enumerate(lines, start=1)]
+    filled = [row for row in rows if row.fields]
+    if not filled:
+        raise DataError(f"{path} holds no sentence; expected lines with a token and a label, so give another file.")
+    _check_widths(path, filled, separator)
+    _check_labels(path, filled, known, known_from)
+    examples: list[Example] = []
+    sentence: list[list[str]] = []
+    for fields in [*(row.fields for row in rows), []]:
+        if fields:
+            sentence.append(fields)
+        elif sentence:
+            spans = decode_labels([f[-1] for f in sentence])
+            examples.append(Example(str(len(examples)), tuple(f[0] for f in sentence), tuple(spans)))
+            sentence = []
+    return examples
+
+
+def _fields(line: str, separator: str) -> list[str]:
+    if not line.strip() or line.startswith("-DOCSTART-"):
+        return []
+    if separator == "tab":
+        return [field.strip(" ") for field in line.split("\t")]
+    return re.split(" +", line.strip(" "))
+
+
+def _check_widths(path: Path, rows: Sequence[_Row], separator: str) -> None:
+    """Every line has the number of columns that most have, two at least, and no empty token or label."""
+    width = max(2, Counter(len(row.fields) for row in rows).most_common(1)[0][0])
+    for number, fields in rows:
+        if len(fields) != width:
+            _wrong(path, number, f"found {len(fields)} column{'s' * (len(fields) > 1)} in {_shown(fields)}",
+                   f"{width} separated by {separator}s, the token first and the label last", "mend the line")
+        if not fields[0] or not fields[-1]:
+            _wrong(path, number, f"found an empty {'label' if fields[0] else 'token'} in {_shown(fields)}",
+                   "a token first and a label last", "mend the line")
+
+
+def _check_labels(path: Path, rows: Sequence[_Row], known: Collection[str] | None, known_from: str) -> None:
+    """Every label is of the file's scheme, prefixed or bare, and its type is ``known``."""
+    prefixed = any(_PREFIXED.fullmatch(row.fields[-1]) for row in rows)
+    pattern = _PREFIXED if prefixed else _BARE
+    for number, fields in rows:
         label = fields[-1]
-        if label != "O" and not _PREFIXED.fullmatch(label) and not _BARE.fullmatch(label):
-            raise DataError(f"{path}, line {number}: {label!r} is no label; expected O, B-TYPE, I-TYPE "
-                            "(also E-, S-), or a bare TYPE.")
-        sentences[-1][0].append(fields[0])
-        sentences[-1][1].append(label)
-    if not sentences[-1][0]:
-        sentences.pop()
-    if not sentences:
-        raise DataError(f"{path} holds no sentence; expected lines with a token and a label.")
-    return [Example(id=str(i), tokens=tuple(tokens), entities=tuple(decode_labels(labels)))
-            for i, (tokens, labels) in enumerate(sentences)]
+        if label == "O":
+            continue
+        if not pattern.fullmatch(label):
+            expected = "O, B-TYPE or I-TYPE (also E-, S-, L-, U-)" + ("" if prefixed else ", or bare types throughout")
+            _wrong(path, number, f"found label {label!r}", expected, "correct the label")
+        kind = _split(label)[1]
+        if known is not None and kind not in known:
+            _wrong(path, number, f"found label {kind!r}", f"one of {known_from} ({', '.join(sorted(known))})",
+                   "add it there or correct the line")
+
+
+def _shown(fields: Sequence[str]) -> str:
+    return repr(" ".join(fields)[:60])
+
+
+def _wrong(path: Path, number: int, found: str, expected: str, fix: str) -> NoReturn:
+    raise DataError(f"{path}, line {number}: {found}, expected {expected}; {fix}.")
 
 
 def decode_labels(labels: Sequence[str]) -> list[Span]:
@@ -82,6 +138,7 @@ def _lines(path: Path) -> list[str]:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: not UTF-8 (byte {error.start}); convert the file to UTF-8.") from None
+        raise DataError(f"{path}, line {line}: found byte 0x{raw[error.start]:02x} at offset {error.start}, which is "
+                        "not UTF-8; convert the file to UTF-8.") from None
     # Only line feeds end lines: tweets hold other characters that str.splitlines would split at.
     return [line.rstrip("\r") for line in text.removeprefix("\ufeff").split("\n")]

@@ -15,8 +15,8 @@ FILES = {
     "dev": ("dev.txt", "dev.conll", "dev.bio", "dev.iob", "dev.tsv", "valid.txt", "valid.conll", "emerging.dev.conll"),
     "test": ("test.txt", "test.conll", "test.bio", "test.iob", "test.tsv", "emerging.test.annotated"),
 }
-READERS = ("conll", "crossner", "wnut17", "demo")
-"""Names that may stand before the folder, as in ``wnut17:PATH``; the first three read the same columns."""
+READERS = ("conll", "crossner", "wnut17")
+"""Names that may stand before the folder, as in ``wnut17:PATH``; all three read the same columns."""
 
 
 @dataclass(frozen=True)
@@ -48,29 +48,23 @@ def load_dataset(data: str, task: str, *, seed: int = 0, labels: Path | None = N
         raise ConfigError(f"no reader gives examples for task {task!r} yet; use ner.")
     if data == "demo":
         return load_demo(task, seed)
-    name, folder = _split_name(data)
+    folder = _folder(data)
     found = {split: _find(folder, split) for split in FILES}
-    splits = {split: read_columns(path) for split, path in found.items()}
     known = _label_file(labels) if labels else None
-    types: dict[str, None] = {}
-    for split, examples in splits.items():
-        for example in examples:
-            for start, _, kind in example.entities:
-                if known is not None and kind not in known:
-                    raise DataError(f"{found[split]}, sentence {example.id}: label {kind!r} at token {start + 1} "
-                                    f"is not in {labels}; add it there.")
-                types[kind] = None
-    natural = known or natural_names(name or folder.name, sorted(types))
+    splits = {split: read_columns(path, known, str(labels)) for split, path in found.items()}
+    types = {kind for examples in splits.values() for example in examples for _, _, kind in example.entities}
+    natural = natural_names(folder.resolve().name, sorted(types)) if known is None else known
     return Splits(**splits, schema=Schema(natural), source=str(folder))
 
 
-def _split_name(data: str) -> tuple[str, Path]:
+def _folder(data: str) -> Path:
+    """The folder of ``PATH`` or ``READER:PATH``."""
     name, colon, rest = data.partition(":")
     if colon and not Path(data).exists():
         if name not in READERS:
             raise ConfigError(f"unknown data set reader {name!r} in {data!r}{nearest(name, READERS)}")
-        return name, Path(rest)
-    return "", Path(data)
+        return Path(rest)
+    return Path(data)
 
 
 def _find(folder: Path, split: str) -> Path:

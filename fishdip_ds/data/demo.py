@@ -1,8 +1,9 @@
 """A demo corpus that this project generates: facts about an invented world, seen as each of the five tasks.
 
-Names are composed, so there are thousands, and they collide on purpose: a surname can be a town's stem, a
-museum carries a town's name, a product an organization's stem, "May" is a month. Test names never occur in
-train or dev, and about a third of the test sentences use patterns that train has not seen.
+Names are composed, so there are thousands, and they collide on purpose: Millford can be a town or a person, a
+museum carries a town's name, a firm its founder's, a product a firm's; May and June are months and first names;
+phones and bikes are also plain nouns. Test names never occur in train or dev, and about a third of the test
+sentences use patterns that train and dev do not.
 
 ``python -m fishdip_ds.data.demo --out DIR`` writes all views of all splits as JSON lines, and NER as columns.
 """
@@ -45,50 +46,87 @@ class World:
         self.first = _pool(words.FIRST, held_out)
         self.stems = _pool(words.STEMS, held_out)
         self.companies = _pool(words.COMPANY_STEMS, held_out)
+        self.nouns = {"trade": _pool(words.TRADES, held_out), "thing": _pool(words.THINGS, held_out)}
 
-    def name(self, kind: str) -> str:
-        """A new name of type ``P O L W D``, or of the distractors ``trade`` and ``thing``."""
-        rng, pick = self.rng, self.rng.choice
-        if kind == "P":
-            surname = pick(self.stems) + pick(words.SURNAME_ENDS)
-            return surname if rng.random() < 0.2 else f"{pick(self.first)} {surname}"
-        if kind == "L":
-            town = pick(self.stems) + pick(words.TOWN_ENDS)
-            return pick(words.REGIONS).format(town) if rng.random() < 0.25 else town
-        if kind == "O":
-            if rng.random() < 0.3:
-                return pick(words.INSTITUTES).format(pick(self.stems) + pick(words.TOWN_ENDS))
-            stem = pick(self.companies)
-            return f"{stem} {pick(words.COMPANY_TAILS)}" if rng.random() < 0.5 else stem + pick(words.COMPANY_ENDS)
-        if kind == "W":
-            return f"{pick(self.companies)}{pick(words.PRODUCT_ENDS)}" + (
-                f" {pick(words.PRODUCT_TAILS)}" if rng.random() < 0.5 else "")
+    def name(self, kind: str, before: str = "") -> str:
+        """A new name of type ``P O L W D``, or a common noun, ``trade`` or ``thing``.
+
+        Args:
+            before: the word that the name will follow; it decides which dates fit.
+        """
+        if kind in self.nouns:
+            return self.rng.choice(self.nouns[kind])
         if kind == "D":
-            return pick([pick(words.MONTHS), pick(words.DAYS), str(rng.randint(1950, 2024)),
-                         f"{pick(words.MONTHS)} {rng.randint(1950, 2024)}", f"{rng.randint(1, 28)} {pick(words.MONTHS)}"])
-        return pick(words.TRADES if kind == "trade" else words.THINGS)
+            return self._date(before.lower())
+        return {"P": self._person, "O": self._organization, "L": self._location, "W": self._product}[kind]()
+
+    def _surname(self) -> str:
+        return self.rng.choice(self.stems) + self.rng.choice(words.SURNAME_ENDS)
+
+    def _town(self) -> str:
+        return self.rng.choice(self.stems) + self.rng.choice(words.TOWN_ENDS)
+
+    def _person(self) -> str:
+        return self._surname() if self.rng.random() < 0.25 else f"{self.rng.choice(self.first)} {self._surname()}"
+
+    def _location(self) -> str:
+        return self.rng.choice(words.REGIONS).format(self._town()) if self.rng.random() < 0.25 else self._town()
+
+    def _organization(self) -> str:
+        pick, draw = self.rng.choice, self.rng.random()
+        if draw < 0.25:
+            return pick(words.INSTITUTES).format(self._town())
+        if draw < 0.4:
+            return pick(words.FAMILY_FIRMS).format(self._surname())
+        if draw < 0.5:  # named like a product
+            return pick(self.companies) + pick(words.PRODUCT_ENDS)
+        if draw < 0.75:
+            return f"{pick(self.companies)} {pick(words.COMPANY_TAILS)}"
+        return pick(self.companies) + pick(words.COMPANY_ENDS)
+
+    def _product(self) -> str:
+        pick, draw = self.rng.choice, self.rng.random()
+        if draw < 0.2:  # a firm's name and a model
+            return f"{pick(self.companies)}{pick(words.COMPANY_ENDS)} {pick(words.PRODUCT_TAILS)}"
+        name = pick(self.companies) + pick(words.PRODUCT_ENDS)
+        return f"{name} {pick(words.PRODUCT_TAILS)}" if draw < 0.6 else name
+
+    def _date(self, before: str) -> str:
+        pick = self.rng.choice
+        year = str(self.rng.randint(1950, 2024))
+        month = pick(words.MONTHS)
+        forms = {"in": [month, year, f"{month} {year}"], "on": [pick(words.DAYS), f"{self.rng.randint(1, 28)} {month}"],
+                 "last": [month, pick(words.DAYS)]}
+        return pick(forms.get(before, [month, year, pick(words.DAYS), f"{self.rng.randint(1, 28)} {month} {year}"]))
 
 
 def _pool(names: list[str], held_out: bool) -> list[str]:
     return [n for i, n in enumerate(names) if (i % 3 == 2) == held_out]
 
 
+def choose(pattern: str, rng: random.Random) -> str:
+    """``pattern`` with one of each ``(a|b)``."""
+    return re.sub(r"\(([^)]*)\)", lambda m: rng.choice(m[1].split("|")), pattern)
+
+
 def write_fact(pattern: str, relations: list[tuple[str, str, str]], world: World) -> Fact:
     """Fill one pattern with names of ``world``."""
-    text = re.sub(r"\(([^)]*)\)", lambda m: world.rng.choice(m[1].split("|")), pattern)
-    fact, slots, open_role = Fact([]), {}, None
-    for piece in _TOKEN.findall(text):
+    fact, slots, open_role = Fact([]), {}, ("", 0)
+    for piece in _TOKEN.findall(choose(pattern, world.rng)):
         if piece == ">":
             fact.roles.append((open_role[1], len(fact.tokens), open_role[0]))
         elif piece.startswith("<"):
             open_role = (piece[1:], len(fact.tokens))
         elif piece.startswith("{"):
             slot = piece[1:-1]
-            new = world.name(slot if slot in ("trade", "thing") else slot[0]).split()
-            if slot[0] in TYPES and slot[1:].isdigit():
+            kind = slot if slot in world.nouns else slot[0]
+            new = world.name(kind, fact.tokens[-1] if fact.tokens else "").split()
+            if fact.tokens and fact.tokens[-1] in ("a", "A") and new[0][0] in "AEIOU":
+                fact.tokens[-1] += "n"
+            if kind in TYPES:
                 slots[slot] = len(fact.entities)
                 skip = new[0] == "the"  # an article is not part of a name
-                fact.entities.append((len(fact.tokens) + skip, len(fact.tokens) + len(new), TYPES[slot[0]]))
+                fact.entities.append((len(fact.tokens) + skip, len(fact.tokens) + len(new), TYPES[kind]))
             fact.tokens += new
         else:
             fact.tokens.append(piece)
@@ -100,7 +138,8 @@ def facts(split: str, seed: int, size: int | None = None) -> list[Fact]:
     """The sentences of a split, all different; the same for the same (split, seed, size)."""
     rng = random.Random(f"fishdip demo {split} {seed}")
     world = World(rng, held_out=split == "test")
-    out, seen = [], set()
+    seen = {tuple(f.tokens) for f in facts("train", seed)} if split == "dev" else set()
+    out = []
     while len(out) < (size or SIZES[split]):
         unseen = split == "test" and rng.random() < 0.35
         fact = write_fact(*rng.choice(words.TEST_PATTERNS if unseen else words.TRAIN_PATTERNS), world)
@@ -111,7 +150,7 @@ def facts(split: str, seed: int, size: int | None = None) -> list[Fact]:
 
 
 def load_demo(task: str, seed: int) -> Splits:
-    """The demo corpus as splits of one task.
+    """The demo corpus as splits of one task; another ``seed`` gives other sentences.
 
     Raises:
         KeyError: for a task that has no reader of examples yet.

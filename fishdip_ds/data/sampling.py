@@ -34,10 +34,12 @@ def by_count(n: int, count: int, seed: int) -> list[int]:
 
 
 def by_shots(examples: Sequence[Example], shots: int, seed: int) -> list[int]:
-    """Examples in shuffled order, each taken while one of its types has fewer than ``shots`` entities so far.
+    """Greedy k-shot subset: examples until every type has ``shots`` entities, or all it has.
 
-    Every type of the data ends with at least ``shots`` entities if it has that many; rare types are served first, so
-    that the others mostly come along with them.
+    Types are served one after another, the rarest first (ties by name), so that the others mostly come along
+    with it; for each, examples that hold it are taken in the seed's shuffled order until it has enough. A sentence
+    counts whole, so common types may end with more. Indices come in the order taken; examples without entities
+    are never taken.
     """
     if shots < 1:
         raise ConfigError(f"{shots} shots per type were asked for; give at least 1.")

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fishdip_ds.errors import DataError
+from fishdip_ds.errors import ConfigError, DataError
 from fishdip_ds.selection.losses import IGNORE
 from fishdip_ds.tasks.base import Example, Task
 
@@ -21,22 +21,31 @@ class Text2TextDataset(Dataset):
 
     Items have ``input_ids`` and ``labels`` (target ids). With ``causal`` (decoder-only models) ``input_ids`` is
     prompt and target in one, ``labels`` the same with -100 on the prompt, and ``prompt_ids`` the prompt alone.
-    What exceeds a limit is cut, keeping the end token of a target, and counted in ``cut_inputs``,
-    ``cut_targets``.
+    What exceeds a limit is cut, keeping the last id (the end token; of a causal prompt the separating newline),
+    and counted in ``cut_inputs``, ``cut_targets``. ``unwritable`` counts gold annotations that targets leave out.
+
+    Raises:
+        DataError: without examples. ConfigError: for a limit below 1, or a causal tokenizer without end token.
     """
 
     def __init__(self, examples: Sequence[Example], task: Task, tokenizer: PreTrainedTokenizerBase, *,
                  max_input_length: int, max_target_length: int, causal: bool = False) -> None:
         if not examples:
             raise DataError("a split is empty; give at least one example.")
+        if min(max_input_length, max_target_length) < 1:
+            raise ConfigError(f"limits of {max_input_length} input and {max_target_length} target tokens; "
+                              "give at least 1.")
+        if causal and tokenizer.eos_token_id is None:
+            raise ConfigError("the tokenizer has no end token, so a decoder-only model cannot learn to stop; set one.")
         self.examples = list(examples)
+        self.unwritable = sum(task.unwritable(e) for e in self.examples)
         inputs = tokenizer([task.input_text(e) + ("\n" if causal else "") for e in self.examples])["input_ids"]
         targets = tokenizer([task.target_text(e) for e in self.examples], add_special_tokens=not causal)["input_ids"]
         if causal:
             targets = [[*ids, tokenizer.eos_token_id] for ids in targets]
         self.cut_inputs = sum(len(ids) > max_input_length for ids in inputs)
         self.cut_targets = sum(len(ids) > max_target_length for ids in targets)
-        self._items = [self._item(_cut(i, max_input_length, causal), _cut(t, max_target_length, False), causal)
+        self._items = [self._item(_cut(i, max_input_length), _cut(t, max_target_length), causal)
                        for i, t in zip(inputs, targets, strict=True)]
 
     @staticmethod
@@ -52,11 +61,9 @@ class Text2TextDataset(Dataset):
         return self._items[index]
 
 
-def _cut(ids: list[int], limit: int, head: bool) -> list[int]:
-    """At most ``limit`` ids; the last one (an end token) survives unless ``head`` is set."""
-    if len(ids) <= limit:
-        return ids
-    return ids[:limit] if head else [*ids[: limit - 1], ids[-1]]
+def _cut(ids: list[int], limit: int) -> list[int]:
+    """At most ``limit`` ids, of which the last one survives."""
+    return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
 
 
 @dataclass(frozen=True)
@@ -91,4 +98,4 @@ class Collator:
         gaps = [width - len(r) for r in rows]
         ids = [[fill] * g + r if left else r + [fill] * g for r, g in zip(rows, gaps, strict=True)]
         mask = [[0] * g + [1] * len(r) if left else [1] * len(r) + [0] * g for r, g in zip(rows, gaps, strict=True)]
-        return torch.tensor(ids), torch.tensor(mask)
+        return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)

@@ -79,8 +79,8 @@ class _Open:
 def read(text: str) -> tuple[list[Found], list[str]]:
     """Bracketed pieces (closing order) and plain output words of any string. Never fails.
 
-    A ``]`` with nothing open is a word; pieces never closed, or without a word, vanish; a word inside an unfinished tag list
-    belongs to the tags and to nothing outside.
+    A ``]`` with nothing open is a word; pieces never closed, or without a word, vanish; a word
+    inside an unfinished tag list belongs to the tags and to nothing outside.
     """
     found: list[Found] = []
     words: list[str] = []
@@ -138,7 +138,7 @@ def locate(text: str, tokens: Sequence[str]) -> tuple[list[Found], list[str]]:
 def interpret(text: str, tokens: Sequence[str], types: frozenset[str], relation_types: frozenset[str]) -> Reading:
     """Read ``text`` as an annotation of ``tokens``: entities of known types, then their relations."""
     pieces, words = locate(text, tokens)
-    errors = set()
+    errors: set[str] = set()
     if text.count(BEGIN) != text.count(END):
         errors.add("format")
     if "".join(words) != "".join(tokens).replace(" ", ""):
@@ -156,15 +156,15 @@ def interpret(text: str, tokens: Sequence[str], types: frozenset[str], relation_
         entity = (kind, piece.start, piece.end)
         accepted.append((piece, entity))
         by_name.setdefault(piece.name.strip(), []).append(entity)
-    relations: set = set()
+    relations: set[tuple] = set()
     for piece, head in accepted:
         for tag in piece.tags[1:]:
             _relation(tag, head, by_name, relation_types, relations, errors)
     return Reading(frozenset(e for _, e in accepted), frozenset(relations), frozenset(errors))
 
 
-def _relation(tag: tuple[str, ...], head: tuple[str, int, int], by_name: dict, relation_types: frozenset[str],
-              relations: set, errors: set) -> None:
+def _relation(tag: tuple[str, ...], head: tuple[str, int, int], by_name: dict[str, list[tuple[str, int, int]]],
+              relation_types: frozenset[str], relations: set[tuple], errors: set[str]) -> None:
     """Resolve one ``relation = tail text`` tag: the nearest entity of that text, that very triple not yet taken."""
     if len(tag) != 2:
         errors.add("format")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ Span = tuple[int, int, str]
 """(start, end, type): token indices, end exclusive."""
 ERRORS = ("reconstruction", "label", "entity", "format")
 """What can be wrong with a generated string; each counted at most once per example (tanl: 0 or 1)."""
+_READABLE = re.compile(r"[^\s\[\]|=]+( [^\s\[\]|=]+)*")
+"""Natural labels that come back whole when an augmented sentence is read: no special token, single spaces."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,14 @@ class Schema:
     """Data set label -> natural label."""
 
     def __post_init__(self) -> None:
+        for label, natural in self.natural.items():
+            if not _READABLE.fullmatch(natural):
+                raise ConfigError(f"label {label!r} has the natural name {natural!r}, expected words with single "
+                                  "spaces and none of [ ] | =; give it another name with a label map.")
         doubled = [n for n, count in Counter(self.natural.values()).items() if count > 1]
         if doubled:
-            raise ConfigError(f"two labels share the natural name {doubled[0]!r}; give them different names.")
+            raise ConfigError(f"two labels share the natural name {doubled[0]!r}; give them different names with a "
+                              "label map.")
 
     @property
     def label_of(self) -> dict[str, str]:
@@ -101,6 +109,10 @@ class Task:
     def target_text(self, example: Example) -> str:
         """What the model should write."""
         raise NotImplementedError
+
+    def unwritable(self, example: Example) -> int:
+        """How many gold annotations of ``example`` the target has to leave out."""
+        return 0
 
     def parse(self, text: str, example: Example) -> Parsed:
         """What a generated ``text`` says about ``example``."""

@@ -15,11 +15,15 @@ MAPS = {"conll03": CONLL03, "conll2003": CONLL03, "ontonotes": ONTONOTES}
 
 
 def natural_names(dataset: str, labels: Sequence[str]) -> dict[str, str]:
-    """Natural label of each label: the data set's own table if it is known and covers them, else the rule."""
+    """Natural label of each label: from TANL's table of that data set, the rule for labels it lacks.
+
+    A table counts only if it knows one of the ``labels`` (the name of a folder may mislead); then all its types
+    are in the result, seen or not, as in TANL.
+    """
     table = MAPS.get(dataset.lower(), {})
-    if all(label in table for label in labels) and labels:
-        return {label: table[label] for label in table}
-    return {label: natural_name(label) for label in labels}
+    if not any(label in table for label in labels):
+        table = {}
+    return {**table, **{label: natural_name(label) for label in labels if label not in table}}
 
 
 def natural_name(label: str) -> str:

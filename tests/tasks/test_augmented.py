@@ -7,18 +7,18 @@ import random
 
 import pytest
 
-from fishdip_ds.tasks.align import align
-from fishdip_ds.tasks.augmented import Annotation, interpret, locate, write
+from fishdip_ds.tasks.augmented import Annotation, interpret, locate, read, write
 from fishdip_ds.tasks.base import Counts, Example, Schema
 from fishdip_ds.tasks.ner import Ner
 
-TOKENS = "Tolkien was born here".split()
+TOKENS = ["Tolkien", "was", "born", "here"]
 TYPES, RELATIONS = frozenset({"person", "location"}), frozenset({"lives in"})
 PERSON, HERE = ("person", 0, 1), ("location", 3, 4)
 
 
 @pytest.mark.parametrize(("text", "entities", "errors"), [
-    ("[ Tolkein | person | lives in = there ] was born [ here | place ]", {PERSON}, {"reconstruction", "label", "entity"}),
+    ("[ Tolkein | person | lives in = there ] was born [ here | place ]", {PERSON},
+     {"reconstruction", "label", "entity"}),
     ("[ Tolkien | person was born [ here | location ]", set(), {"reconstruction", "format"}),
     ("[ Tolkien | person | lives in = here ] was born [ here | location", {PERSON}, {"entity", "format"}),
     ("Tolkien | person ] was born [ here | location ]", {HERE}, {"reconstruction", "format"}),
@@ -41,7 +41,7 @@ def test_source_with_brackets_breaks_its_own_gold():
 
 
 def test_write_nested_same_span_and_crossing():
-    tokens = "a b c d".split()
+    tokens = list("abcd")
     nested = [Annotation(0, 3, ("person",)), Annotation(1, 2, ("location",))]
     assert write(tokens, nested) == ("[ a [ b | location ] c | person ] d", 0)
     assert write(tokens, [Annotation(0, 2, ("person",)), Annotation(0, 2, ("location",))]) == (
@@ -52,42 +52,35 @@ def test_write_nested_same_span_and_crossing():
 
 def test_conll_example_string():
     schema = Schema({"ORG": "organization", "MISC": "miscellaneous"})
-    example = Example("0", tuple("EU rejects German call to boycott British lamb .".split()),
+    example = Example("0", ("EU", "rejects", "German", "call", "to", "boycott", "British", "lamb", "."),
                       ((0, 1, "ORG"), (2, 3, "MISC"), (6, 7, "MISC")))
     assert Ner(schema).target_text(example) == ("[ EU | organization ] rejects [ German | miscellaneous ] call to "
                                                 "boycott [ British | miscellaneous ] lamb .")
 
 
-def test_alignment_is_a_cheapest_one_and_prefers_matches():
-    rng = random.Random(0)
+def test_nested_annotations_survive_the_round_trip():
+    rng = random.Random(2)
     for _ in range(300):
-        x, y = ([rng.choice("abc") for _ in range(rng.randint(0, 7))] for _ in range(2))
-        matched = align(x, y)
-        pairs = [(i, j) for j, i in enumerate(matched) if i is not None]
-        assert pairs == sorted(pairs) and len({i for i, _ in pairs}) == len(pairs)
-        cost = len(x) + len(y) - 2 * len(pairs) + sum(x[i] != y[j] for i, j in pairs)
-        assert cost == _distance(x, y)
-    assert align(list("ab"), list("b")) == [1]
+        tokens = [rng.choice("abc") for _ in range(rng.randint(1, 8))]
+        notes = []
+        for _ in range(rng.randint(0, 4)):
+            start = rng.randrange(len(tokens))
+            notes.append(Annotation(start, rng.randint(start + 1, len(tokens)), (rng.choice(["person", "location"]),)))
+        text, dropped = write(tokens, notes)
+        reading = interpret(text, tokens, TYPES, RELATIONS)
+        gold = {(n.tags[0], n.start, n.end) for n in notes}
+        assert reading.entities <= gold and not reading.errors
+        assert len(gold) - len(reading.entities) <= dropped
+        assert read(text)[1] == tokens
 
 
-def _distance(x: list, y: list) -> int:
-    if not x or not y:
-        return len(x) + len(y)
-    return min(_distance(x[1:], y[1:]) + (x[0] != y[0]), _distance(x[1:], y) + 1, _distance(x, y[1:]) + 1)
-
-
-def test_counts_do_not_depend_on_order_or_split():
-    task = Ner(Schema({"p": "person", "l": "location"}))
-    rng = random.Random(1)
-    rows = []
-    for i in range(40):
-        text = " ".join(rng.choice(["[ Tolkien | person ]", "was", "[ here | location ]", "born", "[ x", "| person ]"])
-                        for _ in range(5))
-        rows.append(task.count(Example(str(i), tuple(TOKENS), ((0, 1, "p"), (3, 4, "l"))), text))
-    whole = sum(rows, Counts())
-    rng.shuffle(rows)
-    halves = sum(rows[:13], Counts()) + sum(rows[13:], Counts())
-    assert whole == halves and task.metrics(whole) == task.metrics(halves)
+def test_any_string_is_read():
+    rng = random.Random(3)
+    pieces = ["[", "]", "|", "=", " ", "a", "person", "\u3000"]
+    for _ in range(2000):
+        text = "".join(rng.choice(pieces) for _ in range(rng.randint(0, 20)))
+        reading = interpret(text, ["a", "a", "b"], TYPES, RELATIONS)
+        assert all(0 <= start < end <= 3 for _, start, end in reading.entities)
 
 
 @pytest.mark.parametrize("name", ["ner_crossner_ai", "joint_er_edge", "joint_er_redocred", "srl_ewt"])
@@ -104,15 +97,11 @@ def test_golden_parses(shared_dir, name):
             reading = interpret(prediction["text"], example["tokens"], types, relations)
             assert sorted(map(list, reading.entities)) == sorted(prediction["entities"])
             assert (sorted([k, list(h), list(t)] for k, h, t in reading.relations)
-                    == sorted([k, _span(h), _span(t)] for k, h, t in prediction["relations"]))
+                    == sorted(prediction["relations"]))
             assert {k for k, v in prediction["errors"].items() if v} == {
                 "wrong_reconstruction" if e == "reconstruction" else f"{e}_error" for e in reading.errors}
             seen += 1
     assert seen == sum(len(e["predictions"]) for e in examples) > 20
-
-
-def _span(value: list) -> list:
-    return [value[0], *value[1:]]
 
 
 def test_golden_ner_counts_and_metrics(shared_dir):
@@ -125,19 +114,25 @@ def test_golden_ner_counts_and_metrics(shared_dir):
                           tuple((e["start"], e["end"], e["type"]) for e in row["entities"]))
         assert (task.input_text(example), task.target_text(example)) == (row["input"], row["target"])
         for prediction in row["predictions"]:
+            parsed = task.parse(prediction["text"], example)
+            assert sorted([t, s, e] for s, e, t in parsed.entities) == sorted(prediction["entities"])
             counts = task.count(example, prediction["text"])
             expected = prediction["counts"]
             assert counts.total == [expected[f"{k}_entities"] for k in ("gt", "predicted", "correct")]
             assert counts.untyped == [expected[f"{k}_entities_no_type"] for k in ("gt", "predicted", "correct")]
+            assert {f"entities:{kind}": [predicted, gold, correct]
+                    for kind, (gold, predicted, correct) in counts.by_type.items()
+                    } == prediction["by_type_pred_gt_correct"]
             for system in (prediction["system"], "all_predictions"):
                 systems[system] = systems.get(system, Counts()) + counts
+    assert systems.keys() == stored["metrics"].keys()
     for system, values in stored["metrics"].items():
-        if system not in systems:
-            continue
         metrics, full = task.metrics(systems[system]), values["full"]
         for ours, theirs in (("precision", "entity_precision"), ("recall", "entity_recall"), ("f1", "entity_f1"),
-                             ("f1_untyped", "entity_f1_no_type"), ("f1_macro", "entity_macro_f1"),
+                             ("precision_untyped", "entity_precision_no_type"),
+                             ("recall_untyped", "entity_recall_no_type"), ("f1_untyped", "entity_f1_no_type"),
+                             ("precision_macro", "entity_macro_precision"),
+                             ("recall_macro", "entity_macro_recall"), ("f1_macro", "entity_macro_f1"),
                              ("error_reconstruction", "wrong_reconstruction"), ("error_label", "label_error"),
                              ("error_format", "format_error"), ("error_entity", "entity_error")):
             assert metrics[ours] == pytest.approx(full[theirs], abs=1e-12), (system, ours)
-    assert set(stored["metrics"]) <= set(systems)

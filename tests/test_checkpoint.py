@@ -1,0 +1,155 @@
+"""Checkpoints: exact on the same ranks, portable to others, and honest about damage."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from models import TextPairs, collate, ds_config, tiny_t5
+from ranks import run
+
+from fishdip_ds.errors import FishdipError
+
+
+def _engine(seed: int = 3, dropout: float = 0.1, optimizer: str = "AdamW", accumulation: int = 1, **model):
+    import fishdip_ds
+
+    world = torch.distributed.get_world_size()
+    config = ds_config(micro=12 // world // accumulation, accumulation=accumulation,
+                       optimizer={"type": optimizer, "params": {"lr": 1e-2}})
+    schedule = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda s: (40 - s) / 40)  # noqa: E731
+    model = tiny_t5(seed=seed, dropout=dropout, **model).train()
+    return fishdip_ds.initialize(model, config, TextPairs(31), collate, lr_scheduler=schedule)[0]
+
+
+def _steps(engine, until: int) -> list[float]:
+    losses = []
+    while engine.global_steps < until:
+        for batch in engine.loader:
+            engine.backward(engine(**batch).loss)
+            engine.step()
+            if engine.micro_steps % engine.run.accumulation == 0:
+                losses.append(engine.last.loss)
+                if engine.global_steps >= until:
+                    break
+    return losses
+
+
+def _weights(engine) -> torch.Tensor:
+    return torch.cat([t.owned() for t in engine.layout.tensors])
+
+
+def _same_world(folder: str, at: int, optimizer: str, accumulation: int) -> None:
+    torch.manual_seed(11)
+    engine = _engine(optimizer=optimizer, accumulation=accumulation)
+    _steps(engine, at)
+    engine.save_checkpoint(folder, client_state={"note": at})
+    expected, weights, hashed = _steps(engine, at + 6), _weights(engine), engine.mask.hash()
+    torch.manual_seed(99)
+    again = _engine(optimizer=optimizer, accumulation=accumulation)
+    _, state = again.load_checkpoint(folder)
+    assert state == {"note": at} and again.global_steps == at
+    assert _steps(again, at + 6) == expected
+    assert torch.equal(_weights(again), weights) and again.mask.hash() == hashed
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adafactor"])
+@pytest.mark.parametrize("at", [2, 3, 4])  # masks are chosen before steps 1, 3 and 6; an epoch has 3 steps
+@pytest.mark.parametrize("world", [1, 2])
+def test_resume_is_bitwise_the_same(world, at, optimizer, tmp_path):
+    run(world, _same_world, str(tmp_path), at, optimizer, 2 if at == 4 else 1)
+
+
+def _save_at(folder: str) -> list[float]:
+    engine = _engine(dropout=0.0)
+    _steps(engine, 4)
+    engine.save_checkpoint(folder)
+    return [*_steps(engine, 9), engine.mask.hash()]
+
+
+def _load_and_go(folder: str) -> list[float]:
+    engine = _engine(dropout=0.0)
+    engine.load_checkpoint(folder)
+    return [*_steps(engine, 9), engine.mask.hash()]
+
+
+@pytest.mark.parametrize(("saved_on", "loaded_on"), [(1, 3), (3, 2), (2, 4), (4, 1)])
+def test_resume_on_other_ranks(tmp_path, saved_on, loaded_on):
+    *expected, mask = run(saved_on, _save_at, str(tmp_path))[0]
+    *losses, mask_after = run(loaded_on, _load_and_go, str(tmp_path))[0]
+    assert losses == pytest.approx(expected, rel=1e-5) and mask == mask_after
+
+
+def _refused(folder: str, change: dict) -> str:
+    engine = _engine(**change)
+    before = _weights(engine)
+    try:
+        engine.load_checkpoint(folder)
+    except FishdipError as error:
+        assert torch.equal(_weights(engine), before)
+        return str(error)
+    return "loaded"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_other_models_and_damaged_files_are_refused(world, tmp_path):
+    run(world, _save_at, str(tmp_path))
+    for change, words in (({"seed": 4}, "trained from other base weights: shared.weight"),
+                          ({"tied": False}, "is of another model: lm_head.weight is only in this model"),
+                          ({"optimizer": "Adafactor"}, "holds AdamW state")):
+        assert all(words in message for message in run(world, _refused, str(tmp_path), change))
+    state = tmp_path / "step-000004" / "state.safetensors"
+    content = bytearray(state.read_bytes())
+    content[-5] ^= 1
+    state.write_bytes(content)
+    assert all("truncated or altered" in message for message in run(world, _refused, str(tmp_path), {}))
+    state.write_bytes(content[:100])
+    assert all("truncated or altered" in message for message in run(world, _refused, str(tmp_path), {}))
+    assert all("no checkpoint in" in m for m in run(world, _refused, str(tmp_path / "nowhere"), {}))
+
+
+def _failing_save(folder: str) -> tuple[str, list[float]]:
+    engine = _engine()
+    _steps(engine, 2)
+    engine.save_checkpoint(folder)
+    _steps(engine, 3)
+    try:
+        engine.save_checkpoint(folder, tag="blocked/inside")
+        message = "saved"
+    except FishdipError as error:
+        message = str(error)
+    return message, _steps(engine, 4)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_save_that_fails_harms_nothing(world, tmp_path):
+    (tmp_path / "blocked").write_text("a file where a folder should be")
+    for message, losses in run(world, _failing_save, str(tmp_path)):
+        assert "could not save the checkpoint" in message and len(losses) == 1
+    assert (tmp_path / "latest").read_text().strip() == "step-000002"
+    manifest = json.loads((tmp_path / "step-000002" / "manifest.json").read_text())
+    assert manifest["global_steps"] == 2 and not list(tmp_path.glob(".*partial"))
+
+
+def _export(folder: str, tied: bool) -> dict[str, torch.Tensor]:
+    engine = _engine(tied=tied)
+    _steps(engine, 3)
+    engine.save_pretrained(folder)
+    batch = collate([TextPairs(31)[i] for i in range(4)])
+    with torch.no_grad():
+        return engine.eval()(**batch).logits
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_exported_model_loads_in_plain_transformers(world, tied, tmp_path):
+    from safetensors.torch import load_file
+    from transformers import T5ForConditionalGeneration
+
+    expected = run(world, _export, str(tmp_path), tied)[0]
+    assert all(value.numel() for value in load_file(tmp_path / "model.safetensors").values())
+    model = T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        logits = model(**collate([TextPairs(31)[i] for i in range(4)])).logits
+    assert torch.allclose(logits, expected, atol=1e-5)
