@@ -23,7 +23,7 @@ from fishdip_ds.selection.mask import Mask, union_sorted
 from fishdip_ds.selector import LossFn, SelectionReport, Selector
 from fishdip_ds.strategies import STRATEGIES
 from fishdip_ds.zero3.gradients import GradientTap, MaskedAccumulator
-from fishdip_ds.zero3.partition import partition, release_leftovers
+from fishdip_ds.zero3.partition import backward, partition
 from fishdip_ds.zero3.shards import ShardLayout
 
 
@@ -84,7 +84,7 @@ class Engine:
             raise ConfigError(f'strategy "{run.fishdip.strategy}" scores training samples; pass training_data and '
                               "collate_fn to fishdip_ds.initialize.")
         self.selector = Selector(
-            self.module, self.layout, self._tap, lambda: release_leftovers(self.deepspeed), seed=run.fishdip.seed,
+            self.module, self.layout, self._tap, lambda loss: backward(self.deepspeed, loss), seed=run.fishdip.seed,
             scan_batch_size=run.fishdip.scan_batch_size, dataset=training_data, collate_fn=collate_fn,
             loss_fn=loss_fn, to_device=self.to_device, global_batch=run.global_batch)
 
@@ -123,8 +123,7 @@ class Engine:
                                "call engine(**batch) first, outside torch.no_grad.")
         self._accumulator.begin(self._weight, loss)
         with self._tap.into(self._accumulator):
-            loss.backward()
-        release_leftovers(self.deepspeed)
+            backward(self.deepspeed, loss)
         self._weight = None
         self.micro_steps += 1
 

@@ -50,11 +50,12 @@ class Selector:
     Module modes, gradients and the random streams are put back; see DESIGN, "what must always hold", 5.
     """
 
-    def __init__(self, module: nn.Module, layout: ShardLayout, tap: GradientTap, release: Callable[[], None], *,
+    def __init__(self, module: nn.Module, layout: ShardLayout, tap: GradientTap,
+                 backward: Callable[[torch.Tensor], None], *,
                  seed: int, scan_batch_size: int, dataset: Sequence | None, collate_fn: Collate | None,
                  loss_fn: LossFn | None, to_device: Callable[[dict], dict], global_batch: int = 1) -> None:
         self.module, self.layout, self.comm = module, layout, layout.comm
-        self._tap, self._release, self._to_device = tap, release, to_device
+        self._tap, self._backward, self._to_device = tap, backward, to_device
         self._seed, self._scan_batch_size = seed, scan_batch_size
         self._dataset, self._collate, self._loss_fn = dataset, collate_fn, loss_fn
         self.global_batch = global_batch
@@ -112,8 +113,7 @@ class Selector:
                     sample = sample_ids[number] if live else sample_ids[0]
                     squares.begin(live)
                     with own_stream(mix(self._seed, self.report.step, 2, sample)):
-                        self._mean_loss(self._load([sample])).backward()
-                    self._release()
+                        self._backward(self._mean_loss(self._load([sample])))
         return squares.scores
 
     def uniform(self, purpose: int = 3) -> Scores:

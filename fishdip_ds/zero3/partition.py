@@ -46,11 +46,15 @@ def _refuse_half(model: nn.Module) -> None:
                               "load the model in bfloat16 or float32.")
 
 
-def release_leftovers(engine: DeepSpeedEngine) -> None:
-    """Free parameters still gathered after a backward pass because no hook of their module fired.
+def backward(engine: DeepSpeedEngine, loss: torch.Tensor) -> None:
+    """``loss.backward()`` with everything gathered that DeepSpeed's hooks miss, and nothing left behind. **Collective.**
 
-    On T5 these are the shared embedding and the relative position biases.
+    The hook that gathers a module's own parameters again for backward sits on the tensors it returns; the
+    outermost module may return any object, in which DeepSpeed finds none. And some parameters stay gathered
+    because their module's post-backward hook never fires: on T5 the shared embedding and the position biases.
     """
+    with gathered(list(engine.module.parameters(recurse=False))):
+        loss.backward()
     engine.optimizer.release_backward_leftovers()
 
 
