@@ -30,7 +30,8 @@ class Trainer:
     def __init__(self, job: Job, comm: Comm) -> None:
         self.args, self.comm = job.args, comm
         self.output: Path = job.args.output
-        self.run = resolve({**job.ds, "scheduler": None}, comm.world, fills(job.args))  # its length is not known yet
+        # The schedule's length follows from the data, which follows from the batch: resolve without it first.
+        self.run = resolve({k: v for k, v in job.ds.items() if k != "scheduler"}, comm.world, fills(job.args))
         splits = load_dataset(self.args.data, self.args.task, labels=self.args.labels)
         self.task = get_task(self.args.task, splits.schema)
         self.tokenizer = load_tokenizer(self.args.model)
