@@ -73,8 +73,11 @@ def test_torchrun_two_ranks(tmp_path, strategy):
 
 
 def test_deepspeed_launcher_and_baselines(tmp_path):
-    flags = [*SMALL, "--max_steps", "2", "--strategy", "fish", "--fisher_samples", "8", "--no_eval_before"]
-    assert _results(_start(tmp_path, *flags, launcher="deepspeed"), tmp_path)["strategy"] == "fish"
+    flags = [*SMALL, "--max_steps", "2", "--strategy", "fish", "--fisher_samples", "8", "--no_eval_before",
+             "--max_input_length", "12"]
+    done = _start(tmp_path, *flags, launcher="deepspeed")
+    assert _results(done, tmp_path)["strategy"] == "fish"
+    assert "inputs and" in done.stdout and "exceed the limits of 12 and 48 tokens" in done.stdout
 
 
 def test_two_ranks_choose_what_one_rank_chooses(tmp_path):

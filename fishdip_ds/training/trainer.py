@@ -29,6 +29,7 @@ class Trainer:
 
     def __init__(self, job: Job, comm: Comm) -> None:
         self.args, self.comm = job.args, comm
+        self.bar: tqdm | None = None
         self.output: Path = job.args.output
         # The schedule's length follows from the data, which follows from the batch: resolve without it first.
         self.run = resolve({k: v for k, v in job.ds.items() if k != "scheduler"}, comm.world, fills(job.args))
@@ -46,7 +47,6 @@ class Trainer:
             model, self.run.ds, self.data["train"], self.collator, lr_scheduler=self._scheduler())
         self.engine.on_refresh = self._tell_refresh
         self.results: dict[str, dict[str, dict[str, float]]] = {"before": {}, "after": {}}
-        self.bar: tqdm | None = None
         self.say(f"{self.args.model or 'embedded T5'} on {splits.source}: {len(chosen)} of {len(splits.train)} training "
                  f"examples, {len(self.data['dev'])} dev, {len(self.data['test'])} test, "
                  f"{len(splits.schema.natural)} types; {self.max_steps} steps of {self.run.global_batch} on "
