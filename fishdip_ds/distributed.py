@@ -115,6 +115,7 @@ def init_distributed() -> Comm:
     import deepspeed  # late: it reads the environment set above when it is imported
     from deepspeed.accelerator import get_accelerator
 
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # object collectives go through the current device
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
     return Comm()

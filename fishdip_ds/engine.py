@@ -105,12 +105,13 @@ class Engine:
                 and self.strategy.due(step):
             self.refresh()
         ids = batch.pop("sample_ids", None)
+        weight = self._batch_weight(batch)  # before the batch moves to the device, or counting would wait for it
         batch = self.to_device(batch)
         if self._loss_fn is not None:
             losses = self._loss_fn(self.module, batch)
             out, weight = SimpleNamespace(loss=losses.mean(), losses=losses), float(losses.numel())
         else:
-            out, weight = self.module(**batch), self._batch_weight(batch)
+            out = self.module(**batch)
         if training:
             filler = ids is not None and bool((ids == FILLER).all())
             self._weight = 0.0 if filler else weight
