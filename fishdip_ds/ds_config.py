@@ -12,10 +12,9 @@ from fishdip_ds.errors import ConfigError
 
 PASSED = {
     "zero_optimization", "bf16", "tensorboard", "csv_monitor", "wandb", "comet", "steps_per_print",
-    "wall_clock_breakdown", "dump_state", "memory_breakdown", "comms_logger", "activation_checkpointing",
+    "dump_state", "comms_logger", "activation_checkpointing",
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "optimizer", "scheduler", "fishdip", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "seed",
-    "communication_data_type", "disable_allgather", "timers", "load_universal_checkpoint"}
+    "optimizer", "scheduler", "fishdip", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"}
 """Top-level keys that are honoured, or that say nothing about training and may stand."""
 
 REFUSED = {
@@ -38,7 +37,16 @@ REFUSED = {
     "prescale_gradients": "the k-vector is reduced in fp32; remove it",
     "gradient_predivide_factor": "the k-vector is reduced in fp32; remove it",
     "flops_profiler": "use torch.profiler around the loop",
+    "wall_clock_breakdown": "its timers sit in DeepSpeed's optimizer; use torch.profiler around the loop",
+    "memory_breakdown": "it reports on DeepSpeed's optimizer; peak memory is in the logs",
+    "communication_data_type": "the k-vector is reduced in fp32; remove it",
+    "disable_allgather": "remove it", "timers": "use torch.profiler around the loop",
+    "load_universal_checkpoint": "checkpoints of this engine resume on any number of ranks; remove it",
+    "seed": 'set "fishdip.seed"',
 }
+
+HARMLESS = {"sequence_parallel_size": 1, "gradient_predivide_factor": 1.0, "communication_data_type": "fp32"}
+"""Values of refused keys that say what happens anyway."""
 
 ZERO_REFUSED = {
     "zero_quantized_weights": "writes into quantised shards would be lost",
@@ -136,8 +144,7 @@ def _enabled(section: object) -> bool:
 def _refuse(ds: dict) -> None:
     for key, value in ds.items():
         if key in REFUSED:
-            harmless = key == "sequence_parallel_size" and value == 1
-            if _enabled(value) and not harmless:
+            if _enabled(value) and value != HARMLESS.get(key):
                 raise ConfigError(f'"{key}" cannot be honoured: {REFUSED[key]}.')
         elif key not in PASSED:
             raise ConfigError(f'unknown key "{key}" in the DeepSpeed configuration{nearest(key, PASSED)}')

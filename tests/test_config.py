@@ -24,6 +24,10 @@ PLAIN = {"zero_optimization": {"stage": 3}, "fishdip": {}}
     ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "zero_hpz_partition_size"),
     ({"zero_optimization": {"stage": 3, "mics_shard_size": 4}}, "mics_shard_size"),
     ({"pipeline": {"stages": 2}}, '"pipeline" cannot be honoured'),
+    ({"wall_clock_breakdown": True}, '"wall_clock_breakdown" cannot be honoured'),
+    ({"communication_data_type": "bf16"}, '"communication_data_type" cannot be honoured'),
+    ({"load_universal_checkpoint": True}, '"load_universal_checkpoint" cannot be honoured'),
+    ({"seed": 7}, 'set "fishdip.seed"'),
     ({"moe": {"enabled": True}}, '"moe" cannot be honoured'),
     ({"gradient_cliping": 1.0}, 'did you mean "gradient_clipping"'),
     ({"fishdip": {"densty": 0.1}}, 'unknown setting "fishdip.densty"; did you mean "density"'),
@@ -100,6 +104,10 @@ def test_contradicting_flags(tmp_path, flags, message):
     (tmp_path / "ds.json").write_text(json.dumps(PLAIN))
     with pytest.raises(ConfigError, match=message):
         parse(["--ds_config", str(tmp_path / "ds.json"), *flags])
+
+
+def test_keys_that_say_what_happens_anyway_may_stand():
+    resolve({**PLAIN, "wall_clock_breakdown": False, "gradient_predivide_factor": 1.0, "communication_data_type": "fp32"}, 1)
 
 
 def test_files_that_cannot_be_read(tmp_path):
