@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,7 +18,9 @@ from fishdip_ds.ds_config import RunConfig
 from fishdip_ds.engine import StepStats
 from fishdip_ds.errors import ConfigError, FishdipError
 from fishdip_ds.monitoring import Monitor, peak_memory_gib
+from fishdip_ds.selection.rng import own_stream
 from fishdip_ds.selector import LossFn
+from fishdip_ds.zero3.partition import fits_on_one_device, resident
 
 
 class StockEngine:
@@ -33,7 +37,7 @@ class StockEngine:
             raise ConfigError('strategies "full" and "lora" take the loss of the model; leave loss_fn out.')
         self.run, self.comm = run, comm
         if run.fishdip.strategy == "lora":
-            model = add_lora(model, run.fishdip.lora_r, run.fishdip.lora_alpha)
+            model = add_lora(model, run.fishdip.lora_r, run.fishdip.lora_alpha, run.fishdip.seed)
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = _optimizer(trainable, run.ds["optimizer"])
         config = {k: copy.deepcopy(v) for k, v in run.ds.items() if k not in ("fishdip", "optimizer", "scheduler")}
@@ -122,6 +126,21 @@ class StockEngine:
     def next_refresh(self) -> None:
         """Nothing is ever chosen."""
 
+    @contextmanager
+    def whole_model(self, wanted: bool | None = None) -> Iterator[bool]:
+        """For the block, hold the model unsharded on every rank if that fits, so that ranks run on their own.
+
+        Args:
+            wanted: True or False decides; None asks all ranks whether it fits on their device. **Collective.**
+
+        Yields:
+            whether it is held; if not, all ranks must go on running the same passes.
+        """
+        if wanted is None:
+            wanted = all(self.comm.gather_objects(fits_on_one_device(self.module)))
+        with resident(self.deepspeed) if wanted else nullcontext():
+            yield wanted
+
     def train(self, mode: bool = True) -> StockEngine:
         """Train mode."""
         self.module.train(mode)
@@ -132,15 +151,16 @@ class StockEngine:
         return self.train(False)
 
 
-def add_lora(model: nn.Module, rank: int, alpha: int) -> nn.Module:
+def add_lora(model: nn.Module, rank: int, alpha: int, seed: int) -> nn.Module:
     """LoRA adapters on every linear layer but the output head (HF PEFT's ``all-linear``)."""
     try:
         import peft
     except ImportError:
         raise ConfigError('strategy "lora" needs peft; install fishdip_ds[lora].') from None
     task = "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
-    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, task_type=task,
-                                                      target_modules="all-linear"))
+    with own_stream(seed):  # adapters start at random: the same in every run and on every rank
+        return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, task_type=task,
+                                                          target_modules="all-linear"))
 
 
 def _optimizer(params: list[nn.Parameter], section: dict) -> torch.optim.Optimizer:

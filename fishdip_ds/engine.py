@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from fishdip_ds.selection.mask import Mask, union_sorted
 from fishdip_ds.selector import LossFn, SelectionReport, Selector
 from fishdip_ds.strategies import STRATEGIES
 from fishdip_ds.zero3.gradients import GradientTap, MaskedAccumulator
-from fishdip_ds.zero3.partition import backward, partition
+from fishdip_ds.zero3.partition import backward, fits_on_one_device, partition, resident
 from fishdip_ds.zero3.shards import ShardLayout
 
 
@@ -188,6 +189,21 @@ class Engine:
         from fishdip_ds.checkpoint.export import save_pretrained
 
         return save_pretrained(self.module, self.comm, Path(folder))
+
+    @contextmanager
+    def whole_model(self, wanted: bool | None = None) -> Iterator[bool]:
+        """For the block, hold the model unsharded on every rank if that fits, so that ranks run on their own.
+
+        Args:
+            wanted: True or False decides; None asks all ranks whether it fits on their device. **Collective.**
+
+        Yields:
+            whether it is held; if not, all ranks must go on running the same passes.
+        """
+        if wanted is None:
+            wanted = all(self.comm.gather_objects(fits_on_one_device(self.module)))
+        with resident(self.deepspeed) if wanted else nullcontext():
+            yield wanted
 
     def train(self, mode: bool = True) -> Engine:
         """Put the model in train mode (dropout on). Like DeepSpeed, the engine never does it by itself."""

@@ -1,22 +1,17 @@
-"""From ``--data`` to examples: which files are which split, and how to read them."""
+"""From ``--data`` to examples: reader, schema, and splits that are all there."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fishdip_ds.config import nearest
-from fishdip_ds.errors import ConfigError, DataError
+from fishdip_ds.data.readers.base import SPLITS, Names, Part, ReadOptions, check_example
+from fishdip_ds.data.readers.registry import find_reader, names_for
+from fishdip_ds.errors import DataError
 from fishdip_ds.tasks.base import Example, Schema
-
-FILES = {
-    "train": ("train.txt", "train.conll", "train.bio", "train.iob", "train.tsv", "wnut17train.conll"),
-    "dev": ("dev.txt", "dev.conll", "dev.bio", "dev.iob", "dev.tsv", "valid.txt", "valid.conll", "emerging.dev.conll"),
-    "test": ("test.txt", "test.conll", "test.bio", "test.iob", "test.tsv", "emerging.test.annotated"),
-}
-READERS = ("conll", "crossner", "wnut17")
-"""Names that may stand before the folder, as in ``wnut17:PATH``; all three read the same columns."""
+from fishdip_ds.tasks.label_maps import natural_names
 
 
 @dataclass(frozen=True)
@@ -29,51 +24,123 @@ class Splits:
     schema: Schema
     source: str
     """Where it came from, for the log."""
+    stats: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Split in the files -> counts of the reader."""
+    whole: list[Example] = field(default_factory=list)
+    """Examples of the dev file in its order (of the first split there is, without one): what episodes are drawn from."""
+    notes: tuple[str, ...] = ()
+    """What the user should know: which splits were carved out of others."""
 
 
-def load_dataset(data: str, task: str, *, seed: int = 0, labels: Path | None = None) -> Splits:
-    """Read ``demo``, a folder of column files, or ``READER:FOLDER``.
+def load_dataset(data: str, task: str, *, seed: int = 0, labels: Path | None = None,
+                 fewrel_reference_spans: bool = False) -> Splits:
+    """Read ``demo``, a folder of a known layout, or ``READER:FOLDER``.
+
+    A split that the files lack is carved out of another (see ``complete``), never through a document or dialogue.
 
     Args:
         labels: JSON file {data set label: natural label}; a label in the data that it lacks is an error.
 
     Raises:
-        ConfigError: unknown reader or task without a reader. DataError: missing or malformed files.
+        ConfigError: unknown reader or task. DataError: missing or malformed files.
     """
-    from fishdip_ds.data.columns import read_columns
-    from fishdip_ds.data.demo import load_demo
-    from fishdip_ds.tasks.label_maps import natural_names
-
-    if task != "ner":
-        raise ConfigError(f"no reader gives examples for task {task!r} yet; use ner.")
     if data == "demo":
+        from fishdip_ds.data.demo import load_demo
+
         return load_demo(task, seed)
-    folder = _folder(data)
-    found = {split: _find(folder, split) for split in FILES}
-    known = _label_file(labels) if labels else None
-    splits = {split: read_columns(path, known, str(labels)) for split, path in found.items()}
-    types = {kind for examples in splits.values() for example in examples for _, _, kind in example.entities}
-    natural = natural_names(folder.resolve().name, sorted(types)) if known is None else known
-    return Splits(**splits, schema=Schema(natural), source=str(folder))
+    reader, folder, dataset = find_reader(data, task)
+    table = _label_file(labels) if labels else None
+    options = ReadOptions(table, str(labels), fewrel_reference_spans)
+    parts = {split: _read(reader.read, paths, options) for split, paths in reader.find(folder).items()}
+    found = {split: part.examples for split, part in parts.items()}
+    schema = schema_of(task, found, names_for(reader, folder, dataset), table, str(labels))
+    splits, notes = complete(found, str(folder))
+    schema = replace(schema, values=_values(splits["train"]))
+    return Splits(**splits, schema=schema, source=str(folder), notes=tuple(notes),
+                  whole=found.get("dev") or next(iter(found.values())),
+                  stats={split: part.stats for split, part in parts.items()})
 
 
-def _folder(data: str) -> Path:
-    """The folder of ``PATH`` or ``READER:PATH``."""
-    name, colon, rest = data.partition(":")
-    if colon and not Path(data).exists():
-        if name not in READERS:
-            raise ConfigError(f"unknown data set reader {name!r} in {data!r}{nearest(name, READERS)}")
-        return Path(rest)
-    return Path(data)
+def _read(read, paths: list[Path], options: ReadOptions) -> Part:
+    part = read(paths, options)
+    if not part.examples:
+        raise DataError(f"{paths[0]} holds no example; give another file.")
+    for example in part.examples:
+        check_example(paths[0], example)
+    return part
 
 
-def _find(folder: Path, split: str) -> Path:
-    if not folder.is_dir():
-        raise DataError(f"no data folder at {folder}; give a folder with train, dev and test files, or --data demo.")
-    for file in FILES[split]:
-        if (folder / file).is_file():
-            return folder / file
-    raise DataError(f"{folder} has no {split} file; looked for {', '.join(FILES[split])}.")
+def schema_of(task: str, splits: Mapping[str, Sequence[Example]], names: Names, table: Mapping[str, str] | None = None,
+              table_from: str = "the label map") -> Schema:
+    """Labels of all ``splits`` with their natural words; those of ``table`` alone, if one is given.
+
+    Raises:
+        DataError: a label that ``table`` lacks. ConfigError: natural names that clash or cannot be read back.
+    """
+    examples = [example for split in splits.values() for example in split]
+    if task == "dst":
+        seen: dict[str, set[str]] = {}
+        for example in examples:
+            for domain, slot, _ in example.state:
+                seen.setdefault(domain, set()).add(slot)
+        return Schema(slots={**{d: tuple(sorted(s)) for d, s in seen.items()}, **names.slots})
+    # In relation classification the types of the two spans are their roles in the question, not labels.
+    kinds = {kind for e in examples for _, _, kind in e.entities} if task != "relation" else set()
+    relations = {kind for e in examples for _, kind, _ in e.relations} if task in ("joint_er", "relation") else set()
+    if table is not None:
+        unknown = sorted((kinds | relations) - table.keys())
+        if unknown:
+            raise DataError(f"label {unknown[0]!r} is in the data but not in {table_from} "
+                            f"({', '.join(sorted(table))}); add it there.")
+        return Schema({k: v for k, v in table.items() if k in kinds or not relations},
+                      {k: v for k, v in table.items() if k in relations}, no_relation=names.no_relation)
+    return Schema(natural_names(names.entities, sorted(kinds), names.rule),
+                  natural_names(names.relations, sorted(relations), names.rule, whole=False),
+                  no_relation=names.no_relation)
+
+
+def complete(found: Mapping[str, list[Example]], source: str) -> tuple[dict[str, list[Example]], list[str]]:
+    """All three splits, and a note for each that had to be carved out of another.
+
+    Groups (documents, dialogues, or single examples) are dealt in order: every fifth of dev to train's place if there
+    is no train (four to train, one stays), every tenth of train to dev, and of a lone dev three to train, one to dev,
+    one to test. A lone train gives every tenth to dev and the next to test.
+    """
+    have, notes = dict(found), []
+    if "train" not in have:
+        lender = "dev" if "dev" in have else "test"
+        shares = {"dev": ("train", "train", "train", "train", "dev"), "test": ("train",) * 4 + ("test",)}[lender]
+        if len(have) == 1:
+            shares = ("train", "train", "train", "dev", "test")
+        have.update(_deal(have.pop(lender), shares))
+        notes.append(f"{source} has no train split; {lender} was dealt out by document: "
+                     + ", ".join(f"{name} {shares.count(name)}/5" for name in dict.fromkeys(shares)))
+    missing = [split for split in ("dev", "test") if split not in have]
+    if missing:
+        shares = ("train",) * (10 - len(missing)) + tuple(missing)
+        have.update(_deal(have.pop("train"), shares))
+        notes.append(f"{source} has no {' and no '.join(missing)} split; a tenth of train was set aside for each")
+    for split in SPLITS:
+        if not have.get(split):
+            raise DataError(f"{source} is too small to carve a {split} split out of it; give a {split} file.")
+    return {split: have[split] for split in SPLITS}, notes
+
+
+def _deal(examples: list[Example], shares: Sequence[str]) -> dict[str, list[Example]]:
+    dealt: dict[str, list[Example]] = {name: [] for name in shares}
+    order: dict[str, int] = {}
+    for i, example in enumerate(examples):
+        place = order.setdefault(example.group or f"#{i}", len(order))
+        dealt[shares[place % len(shares)]].append(example)
+    return dealt
+
+
+def _values(train: Sequence[Example]) -> dict[str, tuple[str, ...]]:
+    values: dict[str, set[str]] = {}
+    for example in train:
+        for domain, slot, value in example.state:
+            values.setdefault(f"{domain}-{slot}", set()).add(value)
+    return {name: tuple(sorted(found)) for name, found in values.items()}
 
 
 def _label_file(path: Path) -> dict[str, str]:

@@ -17,9 +17,13 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fishdip_ds.config import nearest
 from fishdip_ds.data import demo_words as words
-from fishdip_ds.data.datasets import Splits
-from fishdip_ds.tasks.base import Example, Schema
+from fishdip_ds.data.datasets import Splits, schema_of
+from fishdip_ds.data.readers.base import Names
+from fishdip_ds.data.readers.neutral import from_row
+from fishdip_ds.errors import ConfigError
+from fishdip_ds.tasks.label_maps import CONLL05_SRL
 
 SIZES = {"train": 240, "dev": 100, "test": 200}
 TYPES = {"P": "person", "O": "organization", "L": "location", "W": "product", "D": "date"}
@@ -153,13 +157,14 @@ def load_demo(task: str, seed: int) -> Splits:
     """The demo corpus as splits of one task; another ``seed`` gives other sentences.
 
     Raises:
-        KeyError: for a task that has no reader of examples yet.
+        ConfigError: naming the tasks that it has, if ``task`` is none of them.
     """
-    if task != "ner":
-        raise KeyError(task)
-    splits = {split: [Example(id=f"demo-{split}-{i}", tokens=tuple(f.tokens), entities=tuple(f.entities))
-                      for i, f in enumerate(facts(split, seed))] for split in SIZES}
-    return Splits(**splits, schema=Schema({t: t for t in TYPES.values()}), source=f"demo (seed {seed})")
+    if task not in TASKS:
+        raise ConfigError(f"the demo corpus has no view for task {task!r}{nearest(task, TASKS)}")
+    splits = {split: [from_row(task, {"id": f"demo-{split}-{i}", **row}, f"demo {split} {i}")
+                      for i, row in enumerate(demo_view(task, split, seed))] for split in SIZES}
+    names = Names(slots=_SLOTS) if task == "dst" else Names(entities=CONLL05_SRL if task == "srl" else {})
+    return Splits(**splits, schema=schema_of(task, splits, names), source=f"demo (seed {seed})")
 
 
 def demo_view(task: str, split: str, seed: int) -> list[dict]:
@@ -167,7 +172,7 @@ def demo_view(task: str, split: str, seed: int) -> list[dict]:
 
     ner: tokens, entities [start, end, type]. joint_er: also relations {type, head, tail} (entity positions).
     relation: tokens, head [start, end], tail [start, end], relation. srl: tokens, predicate [start, end],
-    arguments [start, end, role]. dst: dialogue id, turn, history (alternating user and agent), state (sorted
+    arguments [start, end, role]. dst: id, group, history (alternating user and agent), state (sorted
     ``domain-slot-value``).
     """
     if task == "dst":
@@ -208,7 +213,8 @@ def _dialogues(split: str, seed: int) -> list[dict]:
             for slot in chosen:
                 state[domain, slot] = rng.choice(_VALUES[slot]) if slot in _VALUES else world.name("L").lower()
             history.append(f"I need a {domain} " + " ".join(_SAYS[s].format(state[domain, s]) for s in chosen) + " .")
-            rows.append({"dialogue": f"demo-{split}-{number}", "turn": turn, "history": list(history),
+            rows.append({"id": f"demo-{split}-{number}-{turn}", "group": f"demo-{split}-{number}",
+                         "history": list(history),
                          "state": sorted(f"{d}-{s}-{v}" for (d, s), v in state.items())})
             history.append(rng.choice(["Sure , anything else ?", "I found one . Shall I book it ?"]))
     return rows

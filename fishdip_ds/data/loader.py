@@ -20,6 +20,8 @@ class StepLoader:
     global batch; inside it micro-batch j of rank r takes its slice in rank order. The last step may be
     short; a rank left without samples gets a filler batch, so that all ranks run the same passes.
 
+    A dataset with ``epoch_order(generator) -> ids`` and ``epoch_length`` decides itself how often a sample is seen.
+
     Every batch is a dict with one more key, ``sample_ids`` (int64 [b], the dataset index, -1 in fillers), which
     the engine takes out before the model sees it.
     """
@@ -40,15 +42,17 @@ class StepLoader:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps that one epoch takes."""
-        return -(-len(self.dataset) // self.global_batch)
+        return -(-getattr(self.dataset, "epoch_length", len(self.dataset)) // self.global_batch)
 
     def __len__(self) -> int:
         """Micro-batches per epoch on this rank."""
         return self.steps_per_epoch * self.accumulation
 
     def order(self, epoch: int) -> list[int]:
-        """The permutation of sample ids of an epoch; the same on every rank."""
+        """Sample ids of an epoch in their order; the same on every rank."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        if hasattr(self.dataset, "epoch_order"):
+            return self.dataset.epoch_order(generator)
         return torch.randperm(len(self.dataset), generator=generator).tolist()
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:

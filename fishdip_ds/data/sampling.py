@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 from fishdip_ds.errors import ConfigError
-from fishdip_ds.tasks.base import Example
 
 
 def by_fraction(n: int, fraction: float, seed: int) -> list[int]:
@@ -33,26 +32,28 @@ def by_count(n: int, count: int, seed: int) -> list[int]:
     return order[:count]
 
 
-def by_shots(examples: Sequence[Example], shots: int, seed: int) -> list[int]:
-    """Greedy k-shot subset: examples until every type has ``shots`` entities, or all it has.
+def by_shots(labels: Sequence[Sequence[str]], shots: int, seed: int) -> list[int]:
+    """Greedy k-shot subset: examples until every label has ``shots`` occurrences, or all it has.
 
-    Types are served one after another, the rarest first (ties by name), so that the others mostly come along
-    with it; for each, examples that hold it are taken in the seed's shuffled order until it has enough. A sentence
-    counts whole, so common types may end with more. Indices come in the order taken; examples without entities
+    Labels are served one after another, the rarest first (ties by name), so that the others mostly come along
+    with it; for each, examples that hold it are taken in the seed's shuffled order until it has enough. An example
+    counts whole, so common labels may end with more. Indices come in the order taken; examples without labels
     are never taken.
+
+    Args:
+        labels: per example its labels, repeated as often as they occur.
     """
     if shots < 1:
         raise ConfigError(f"{shots} shots per type were asked for; give at least 1.")
-    total = Counter(kind for e in examples for _, _, kind in e.entities)
+    total = Counter(kind for row in labels for kind in row)
     have: Counter[str] = Counter()
     chosen: list[int] = []
-    order = by_count(len(examples), len(examples), seed)
+    order = by_count(len(labels), len(labels), seed)
     for kind in sorted(total, key=lambda t: (total[t], t)):
         for i in order:
             if have[kind] >= shots:
                 break
-            kinds = [t for _, _, t in examples[i].entities]
-            if kind in kinds and i not in chosen:
+            if kind in labels[i] and i not in chosen:
                 chosen.append(i)
-                have.update(kinds)
+                have.update(labels[i])
     return chosen

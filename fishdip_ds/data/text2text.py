@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,15 +21,16 @@ class Text2TextDataset(Dataset):
 
     Items have ``input_ids`` and ``labels`` (target ids). With ``causal`` (decoder-only models) ``input_ids`` is
     prompt and target in one, ``labels`` the same with -100 on the prompt, and ``prompt_ids`` the prompt alone.
-    What exceeds a limit is cut, keeping the last id (the end token; of a causal prompt the separating newline),
-    and counted in ``cut_inputs``, ``cut_targets``. ``unwritable`` counts gold annotations that targets leave out.
+    What exceeds a limit is cut, at the end but for the last id (the end token; of a causal prompt the separating
+    newline), or at the start where the task says so, and counted in ``cut_inputs``, ``cut_targets``. ``unwritable``
+    counts gold annotations that targets leave out. ``prefix`` stands before every input.
 
     Raises:
         DataError: without examples. ConfigError: for a limit below 1, or a causal tokenizer without end token.
     """
 
     def __init__(self, examples: Sequence[Example], task: Task, tokenizer: PreTrainedTokenizerBase, *,
-                 max_input_length: int, max_target_length: int, causal: bool = False) -> None:
+                 max_input_length: int, max_target_length: int, causal: bool = False, prefix: str = "") -> None:
         if not examples:
             raise DataError("a split is empty; give at least one example.")
         if min(max_input_length, max_target_length) < 1:
@@ -37,15 +38,17 @@ class Text2TextDataset(Dataset):
                               "give at least 1.")
         if causal and tokenizer.eos_token_id is None:
             raise ConfigError("the tokenizer has no end token, so a decoder-only model cannot learn to stop; set one.")
-        self.examples = list(examples)
+        self.examples, self.prefix = list(examples), prefix
+        self._tokenizer, self._causal, self._max_target_length = tokenizer, causal, max_target_length
         self.unwritable = sum(task.unwritable(e) for e in self.examples)
-        inputs = tokenizer([task.input_text(e) + ("\n" if causal else "") for e in self.examples])["input_ids"]
+        inputs = tokenizer([prefix + task.input_text(e) + ("\n" if causal else "") for e in self.examples])["input_ids"]
         targets = tokenizer([task.target_text(e) for e in self.examples], add_special_tokens=not causal)["input_ids"]
         if causal:
             targets = [[*ids, tokenizer.eos_token_id] for ids in targets]
         self.cut_inputs = sum(len(ids) > max_input_length for ids in inputs)
         self.cut_targets = sum(len(ids) > max_target_length for ids in targets)
-        self._items = [self._item(_cut(i, max_input_length), _cut(t, max_target_length), causal)
+        cut = _end_of(tokenizer, prefix) if task.cut_start and not causal else _cut
+        self._items = [self._item(cut(i, max_input_length), cut(t, max_target_length), causal)
                        for i, t in zip(inputs, targets, strict=True)]
 
     @staticmethod
@@ -53,6 +56,14 @@ class Text2TextDataset(Dataset):
         if not causal:
             return {"input_ids": source, "labels": target}
         return {"input_ids": source + target, "labels": [IGNORE] * len(source) + target, "prompt_ids": source}
+
+    def with_target(self, index: int, text: str) -> Item:
+        """The item of an example with another target ``text``, cut like the others."""
+        ids = self._tokenizer([text], add_special_tokens=not self._causal)["input_ids"][0]
+        if self._causal:
+            ids = [*ids, self._tokenizer.eos_token_id]
+        source = self._items[index]["prompt_ids" if self._causal else "input_ids"]
+        return self._item(source, _cut(ids, self._max_target_length), self._causal)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -64,6 +75,24 @@ class Text2TextDataset(Dataset):
 def _cut(ids: list[int], limit: int) -> list[int]:
     """At most ``limit`` ids, of which the last one survives."""
     return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
+
+
+def _end_of(tokenizer: PreTrainedTokenizerBase, prefix: str) -> Callable[[list[int], int], list[int]]:
+    """A way to cut that keeps the end of a text, and a ``prefix`` that it starts with.
+
+    The last pieces are joined and tokenised again, as in the reference code: a word may have lost its beginning.
+    """
+    head = tokenizer(prefix, add_special_tokens=False)["input_ids"]
+
+    def cut(ids: list[int], limit: int) -> list[int]:
+        if len(ids) <= limit:
+            return ids
+        keep = head if head and ids[: len(head)] == head and len(head) < limit - 1 else []
+        room = limit - len(keep)
+        text = tokenizer.decode(ids[-room:-1] if room > 1 else [], clean_up_tokenization_spaces=False)
+        return [*keep, *_cut(tokenizer(text)["input_ids"], room)]
+
+    return cut
 
 
 @dataclass(frozen=True)

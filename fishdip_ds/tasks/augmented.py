@@ -61,7 +61,7 @@ def write(tokens: Sequence[str], annotations: Sequence[Annotation]) -> tuple[str
             dropped += 1
             continue
         out.append(BEGIN)
-        open_ends.append((note.end, " ".join(f"{SEPARATOR} {tag}" for tag in note.tags) + f" {END}"))
+        open_ends.append((note.end, " ".join([*(f"{SEPARATOR} {tag}" for tag in note.tags), END])))
     for i in range(at, len(tokens)):
         close(i)
         out.append(tokens[i])

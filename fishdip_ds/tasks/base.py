@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fishdip_ds.config import nearest
 from fishdip_ds.errors import ConfigError
+from fishdip_ds.tasks.grammar import Grammar, Pieces
 
 Span = tuple[int, int, str]
 """(start, end, type): token indices, end exclusive."""
@@ -19,44 +21,81 @@ _READABLE = re.compile(r"[^\s\[\]|=]+( [^\s\[\]|=]+)*")
 
 @dataclass(frozen=True)
 class Example:
-    """One sentence with its gold annotation."""
+    """One input with its gold annotation; each task reads the fields that it knows."""
 
     id: str
-    tokens: tuple[str, ...]
+    tokens: tuple[str, ...] = ()
     entities: tuple[Span, ...] = ()
-    """Types as the data set names them."""
+    """Types as the data set names them. Relation classification: the head, then the tail. SRL: the arguments."""
+    relations: tuple[tuple[int, str, int], ...] = ()
+    """(head, type, tail): positions in ``entities``."""
+    predicate: tuple[int, int] | None = None
+    """SRL: token span of the predicate."""
+    history: tuple[str, ...] = ()
+    """Dialogue: the utterances so far; user and agent take turns, the user first."""
+    state: tuple[tuple[str, str, str], ...] = ()
+    """Dialogue: (domain, slot, value) of all that the user has asked for so far."""
+    group: str = ""
+    """Document or dialogue; splits that this project carves out never cut through one."""
 
 
 @dataclass(frozen=True)
 class Schema:
-    """The entity types of a data set and the words that stand for them in text."""
+    """The labels of a data set and the words that stand for them in text."""
 
-    natural: dict[str, str]
-    """Data set label -> natural label."""
+    natural: dict[str, str] = field(default_factory=dict)
+    """Entity types and roles: data set label -> natural label."""
+    relations: dict[str, str] = field(default_factory=dict)
+    """Relation types: data set label -> natural label."""
+    slots: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Dialogue: domain -> its slots."""
+    no_relation: str | None = None
+    """Data set label of the relation that says there is none."""
+    values: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Dialogue: ``domain-slot`` -> values of the training split, for constrained generation."""
 
     def __post_init__(self) -> None:
-        for label, natural in self.natural.items():
-            if not _READABLE.fullmatch(natural):
-                raise ConfigError(f"label {label!r} has the natural name {natural!r}, expected words with single "
-                                  "spaces and none of [ ] | =; give it another name with a label map.")
-        doubled = [n for n, count in Counter(self.natural.values()).items() if count > 1]
-        if doubled:
-            raise ConfigError(f"two labels share the natural name {doubled[0]!r}; give them different names with a "
-                              "label map.")
+        for table in (self.natural, self.relations):
+            for label, natural in table.items():
+                if not _READABLE.fullmatch(natural):
+                    raise ConfigError(f"label {label!r} has the natural name {natural!r}, expected words with single "
+                                      "spaces and none of [ ] | =; give it another name with a label map.")
+            doubled = [n for n, count in Counter(table.values()).items() if count > 1]
+            if doubled:
+                raise ConfigError(f"two labels share the natural name {doubled[0]!r}; give them different names with "
+                                  "a label map.")
 
     @property
     def label_of(self) -> dict[str, str]:
-        """Natural label -> data set label."""
-        return {natural: label for label, natural in self.natural.items()}
+        """Natural label -> data set label, entity types and relations."""
+        return {natural: label for table in (self.natural, self.relations) for label, natural in table.items()}
+
+    def size(self) -> int:
+        """How many labels there are."""
+        return len(self.natural) + len(self.relations) + sum(len(slots) for slots in self.slots.values())
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Rules of scoring; the defaults are the published scorer's, so that scores compare."""
+
+    dst_reference_empty: bool = True
+    """An empty part of a predicted dialogue state counts as a slot, so that an empty gold state is always missed."""
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a generated string says about an example."""
+    """What a generated string says about an example, in natural labels."""
 
-    entities: tuple[Span, ...]
-    """Sorted set of spans over the example's tokens, natural types."""
-    errors: frozenset[str]
+    entities: tuple[Span, ...] = ()
+    """Sorted set of spans over the example's tokens."""
+    relations: tuple[tuple[str, Span, Span], ...] = ()
+    """Sorted set of (relation, head, tail)."""
+    label: str | None = None
+    """Relation classification: the label, known or not."""
+    state: tuple[str, ...] = ()
+    """Dialogue: sorted set of ``domain slot value``."""
+    errors: frozenset[str] = frozenset()
     """Which of ``ERRORS`` occurred."""
 
 
@@ -65,24 +104,33 @@ class Counts:
     """Integer counts that add up over examples and ranks, whatever the order."""
 
     examples: int = 0
-    by_type: dict[str, list[int]] = field(default_factory=dict)
-    """Natural type -> [gold, predicted, correct]."""
-    untyped: list[int] = field(default_factory=lambda: [0, 0, 0])
-    """[gold, predicted, correct] of spans without their types."""
+    groups: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    """What is counted (``entity``, ``relation``, ...) -> natural label -> [gold, predicted, correct]."""
+    exact: int = 0
+    """Examples predicted without any fault."""
     errors: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ERRORS, 0))
     """Examples with each kind of error."""
 
     def __add__(self, other: Counts) -> Counts:
-        types = {t: [a + b for a, b in zip(self.by_type.get(t, [0] * 3), other.by_type.get(t, [0] * 3), strict=True)]
-                 for t in self.by_type.keys() | other.by_type.keys()}
-        return Counts(self.examples + other.examples, types,
-                      [a + b for a, b in zip(self.untyped, other.untyped, strict=True)],
+        zero = [0, 0, 0]
+        groups = {}
+        for name in sorted(self.groups.keys() | other.groups.keys()):
+            a, b = self.groups.get(name, {}), other.groups.get(name, {})
+            groups[name] = {label: [x + y for x, y in zip(a.get(label, zero), b.get(label, zero), strict=True)]
+                            for label in sorted(a.keys() | b.keys())}
+        return Counts(self.examples + other.examples, groups, self.exact + other.exact,
                       {e: self.errors[e] + other.errors[e] for e in ERRORS})
 
-    @property
-    def total(self) -> list[int]:
-        """[gold, predicted, correct] over all types."""
-        return [sum(c[i] for c in self.by_type.values()) for i in range(3)]
+    def tally(self, group: str, gold: set, predicted: set, label_at: int | None) -> None:
+        """Count two sets of tuples; ``label_at`` is where a tuple holds its label (None: no label)."""
+        table = self.groups.setdefault(group, {})
+        for i, items in enumerate((gold, predicted, gold & predicted)):
+            for item in items:
+                table.setdefault("" if label_at is None else item[label_at], [0, 0, 0])[i] += 1
+
+    def total(self, group: str) -> list[int]:
+        """[gold, predicted, correct] of a group over all its labels."""
+        return [sum(c[i] for c in self.groups.get(group, {}).values()) for i in range(3)]
 
 
 def ratios(gold: int, predicted: int, correct: int) -> tuple[float, float, float]:
@@ -93,14 +141,18 @@ def ratios(gold: int, predicted: int, correct: int) -> tuple[float, float, float
 
 
 class Task:
-    """The interface that the trainer and the scorer use. A task is stateless but for its schema."""
+    """The interface that the trainer and the scorer use. A task is stateless but for its schema and rules."""
 
     name: str
     headline = "f1"
     """The metric that picks the best checkpoint."""
+    table: tuple[tuple[str, str], ...] = (("precision", "precision"), ("recall", "recall"), ("F1", "f1"))
+    """What a report shows: (column title, metric)."""
+    cut_start = False
+    """Whether texts over the length limit lose their beginning rather than their end."""
 
-    def __init__(self, schema: Schema) -> None:
-        self.schema = schema
+    def __init__(self, schema: Schema, scoring: Scoring | None = None) -> None:
+        self.schema, self.scoring = schema, scoring or Scoring()
 
     def input_text(self, example: Example) -> str:
         """What the model reads."""
@@ -114,6 +166,10 @@ class Task:
         """How many gold annotations of ``example`` the target has to leave out."""
         return 0
 
+    def labels(self, example: Example) -> list[str]:
+        """Labels of the gold annotation, each as often as it occurs: what k-shot sampling counts."""
+        return [kind for _, _, kind in example.entities]
+
     def parse(self, text: str, example: Example) -> Parsed:
         """What a generated ``text`` says about ``example``."""
         raise NotImplementedError
@@ -123,15 +179,41 @@ class Task:
         raise NotImplementedError
 
     def metrics(self, counts: Counts) -> dict[str, float]:
-        """Flat metrics, all fractions between 0 and 1."""
+        """Flat metrics, all fractions between 0 and 1; those of ``error_rates`` included."""
         raise NotImplementedError
 
+    def candidates(self, example: Example) -> dict[str, str]:
+        """Natural label -> output string, where an example has but a few possible outputs; else empty."""
+        return {}
 
-def get_task(name: str, schema: Schema) -> Task:
-    """The task of that name over ``schema``; ``ConfigError`` names the nearest known one."""
+    def grammar(self, example: Example, pieces: Pieces) -> Grammar:
+        """What outputs may look like, for constrained generation."""
+        raise NotImplementedError
+
+    def for_split(self, examples: Sequence[Example]) -> Task:
+        """The task as one split is scored with; for some, labels that the split's gold lacks do not count."""
+        return self
+
+
+def error_rates(counts: Counts) -> dict[str, float]:
+    """``error_*``: share of examples with each kind of error."""
+    return {f"error_{name}": counts.errors[name] / max(1, counts.examples) for name in ERRORS}
+
+
+def known_tasks() -> dict[str, type[Task]]:
+    """Every task by name."""
+    from fishdip_ds.tasks.dialogue import Dialogue
+    from fishdip_ds.tasks.joint import Joint
     from fishdip_ds.tasks.ner import Ner
+    from fishdip_ds.tasks.relation import Relation
+    from fishdip_ds.tasks.srl import Srl
 
-    tasks: dict[str, type[Task]] = {"ner": Ner}
+    return {task.name: task for task in (Ner, Joint, Relation, Srl, Dialogue)}
+
+
+def get_task(name: str, schema: Schema, scoring: Scoring | None = None) -> Task:
+    """The task of that name over ``schema``; ``ConfigError`` names the nearest known one."""
+    tasks = known_tasks()
     if name not in tasks:
         raise ConfigError(f"unknown task {name!r}{nearest(name, tasks)}")
-    return tasks[name](schema)
+    return tasks[name](schema, scoring)

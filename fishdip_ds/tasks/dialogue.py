@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 from fishdip_ds.tasks.base import ERRORS, Counts, Example, Parsed, Task, error_rates, ratios
+from fishdip_ds.tasks.grammar import Belief, Grammar, Pieces
 
 MARKER = "[belief]"
 ABSENT = "not given"
@@ -31,6 +34,15 @@ class Dialogue(Task):
     def unwritable(self, example: Example) -> int:
         """Values with a comma, which a reader would split in two, and slots that the schema lacks."""
         return sum("," in value or slot not in self.schema.slots[domain] for domain, slot, value in example.state)
+
+    def labels(self, example: Example) -> list[str]:
+        """Slots with a value."""
+        return [f"{domain}-{slot}" for domain, slot, _ in example.state]
+
+    def grammar(self, example: Example, pieces: Pieces) -> Grammar:
+        """All slots of each domain; values absent, known from training, or words of the dialogue in lower case."""
+        words = re.sub(r"[^\w\s':&.]|[.:](?=\s|$)", " ", " ".join(example.history).lower()).split()
+        return Belief(self.schema.slots, self.schema.values, words, MARKER, ABSENT, pieces)
 
     def parse(self, text: str, example: Example) -> Parsed:
         """What lies between the first and the last marker, split at commas; parts ``not given`` are left out.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fishdip_ds.tasks.base import Counts, error_rates, ratios
+from fishdip_ds.tasks.base import Counts, Example, error_rates, ratios
 from fishdip_ds.tasks.spans import SpanTask
 
 
@@ -14,6 +14,10 @@ class Joint(SpanTask):
     table = (("entity F1", "entity_f1"), ("rel. prec.", "relation_precision"), ("rel. recall", "relation_recall"),
              ("relation F1", "relation_f1"))
     with_relations = True
+
+    def labels(self, example: Example) -> list[str]:
+        """Entity and relation types."""
+        return [*super().labels(example), *(kind for _, kind, _ in example.relations)]
 
     def metrics(self, counts: Counts) -> dict[str, float]:
         """``entity_*`` as in NER; ``relation_*`` strict: relation type, both spans, both entity types."""

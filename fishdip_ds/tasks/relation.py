@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fishdip_ds.tasks.augmented import RELATION, Annotation, write
 from fishdip_ds.tasks.base import ERRORS, Counts, Example, Parsed, Task, error_rates, ratios
+from fishdip_ds.tasks.grammar import Choice, Grammar, Pieces
 
 
 class Relation(Task):
@@ -13,8 +14,7 @@ class Relation(Task):
 
     def input_text(self, example: Example) -> str:
         """The sentence with both mentions in brackets, and the question."""
-        spans = {(start, end) for start, end, _ in example.entities}
-        return f"{write(example.tokens, [Annotation(s, e, ()) for s, e in spans])[0]} The {self._question(example)} is"
+        return f"{self._marked(example)[0]} The {self._question(example)} is"
 
     def target_text(self, example: Example) -> str:
         """The question again, ``=``, and the natural label."""
@@ -22,7 +22,18 @@ class Relation(Task):
 
     def unwritable(self, example: Example) -> int:
         """1 if the mentions cross, so that only the first is marked in the input."""
-        return write(example.tokens, [Annotation(s, e, ()) for s, e in {x[:2] for x in example.entities}])[1]
+        return self._marked(example)[1]
+
+    @staticmethod
+    def _marked(example: Example) -> tuple[str, int]:
+        """The sentence with both mentions in brackets, and how many could not be marked."""
+        spans = sorted({(start, end) for start, end, _ in example.entities})
+        if len(spans) == 2 and spans[0][1] == spans[1][0]:  # the published strings have two spaces between neighbours
+            (a, b), (_, c) = spans
+            tokens = example.tokens
+            text = " ".join([*tokens[:a], "[", *tokens[a:b], "]", "", "[", *tokens[b:c], "]", *tokens[c:]])
+            return text, 0
+        return write(example.tokens, [Annotation(start, end, ()) for start, end in spans])
 
     def _mention(self, example: Example, which: int) -> str:
         start, end, _ = example.entities[which]
@@ -38,9 +49,17 @@ class Relation(Task):
     def _gold(self, example: Example) -> str:
         return self.schema.relations[example.relations[0][1]]
 
+    def labels(self, example: Example) -> list[str]:
+        """The relation."""
+        return [kind for _, kind, _ in example.relations]
+
     def candidates(self, example: Example) -> dict[str, str]:
         """Every label's answer."""
         return {label: self._answer(example, label) for label in self.schema.relations.values()}
+
+    def grammar(self, example: Example, pieces: Pieces) -> Grammar:
+        """One of the answers."""
+        return Choice(list(self.candidates(example).values()), pieces)
 
     def parse(self, text: str, example: Example) -> Parsed:
         """The label is what follows the last ``=``; all of the text if there is none.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fishdip_ds.tasks.augmented import Annotation, interpret, write
 from fishdip_ds.tasks.base import ERRORS, Counts, Example, Parsed, Span, Task, error_rates, ratios
+from fishdip_ds.tasks.grammar import Brackets, Grammar, Pieces
 
 
 class SpanTask(Task):
@@ -30,6 +31,11 @@ class SpanTask(Task):
                 start, end, _ = example.entities[tail]
                 tags[head].append(f"{self.schema.relations[kind]} = {' '.join(example.tokens[start:end])}")
         return [Annotation(start, end, tuple(t)) for (start, end, _), t in zip(example.entities, tags, strict=True)]
+
+    def grammar(self, example: Example, pieces: Pieces) -> Grammar:
+        """The sentence's words with labelled brackets."""
+        return Brackets(example.tokens, list(self.schema.natural.values()),
+                        list(self.schema.relations.values()) if self.with_relations else [], pieces)
 
     def parse(self, text: str, example: Example) -> Parsed:
         """Entities as (start, end, natural type), and relations between them, sorted."""

@@ -35,6 +35,7 @@ def parse(argv: list[str] | None = None) -> Job:
         ConfigError: for settings that contradict each other or files that cannot be read.
     """
     args = build_parser().parse_args(argv)
+    _complete_data(args)
     given = [name for name in ("fraction", "count", "shots") if getattr(args, name) is not None]
     if len(given) > 1:
         raise ConfigError(f"--{given[0]} and --{given[1]} both choose training examples; give one of them.")
@@ -43,7 +44,8 @@ def parse(argv: list[str] | None = None) -> Job:
             raise ConfigError(f"--{name} is {getattr(args, name)}; give at least 1.")
     ds = read_json(args.ds_config)
     if args.output is None:
-        args.output = Path("runs") / f"{args.task}-{_strategy(args, ds)}"
+        tasks = sorted(set(args.task))
+        args.output = Path("runs") / f"{tasks[0] if len(tasks) == 1 else 'multi'}-{_strategy(args, ds)}"
     section = ds.setdefault("fishdip", {})
     for field in dataclasses.fields(FishdipConfig):
         value = getattr(args, field.name)
@@ -94,18 +96,19 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("model and data")
     what.add_argument("--model", default=None,
                       help="transformers name or folder, seq2seq or decoder-only (default: a small T5 shipped here)")
-    what.add_argument("--task", default="ner", help="ner (default)")
-    what.add_argument("--data", default="demo", help="folder with train, dev and test column files, or READER:FOLDER, or "
-                      "demo, a generated corpus (default)")
-    what.add_argument("--labels", type=Path, help="JSON file {label: natural name}; default: lower-cased labels")
+    add_data_flags(what)
     what.add_argument("--fraction", type=float, help="train on this share of the training set, 0 to 1")
     what.add_argument("--count", type=int, help="train on this many examples")
-    what.add_argument("--shots", type=int, help="train on about this many entities per type")
-    what.add_argument("--subset_seed", type=int, default=1, help="which examples a subset holds (default 1)")
-    what.add_argument("--max_input_length", type=int, default=256, help="tokens of an input; longer ones are cut in "
-                      "training and evaluation and counted (default 256)")
-    what.add_argument("--max_target_length", type=int, default=256, help="tokens of a target, and of a generated string "
-                      "(default 256)")
+    what.add_argument("--shots", type=int, help="train on about this many examples of each label")
+    what.add_argument("--subset_seed", type=int, default=1, help="which examples a subset or episode holds (default 1)")
+    what.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="one run for each --subset_seed of these, each "
+                      "from the base model, with mean and deviation at the end")
+    what.add_argument("--ways", type=int, help="relation classification: train and score on an episode of this many "
+                      "relations, --shots examples each")
+    what.add_argument("--queries", type=int, default=5, help="examples of each relation that an episode is scored on "
+                      "(default 5)")
+    what.add_argument("--temperature", type=float, default=1.0, help="several data sets: mix by size (1, default) or more "
+                      "evenly (larger)")
     what.add_argument("--output", type=Path, help="folder of the run (default runs/TASK-STRATEGY)")
 
     train = parser.add_argument_group("training")
@@ -128,9 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     look = parser.add_argument_group("evaluation and logs")
     look.add_argument("--eval_interval", type=int, default=0, help="steps between dev scores (default: only at the end)")
-    look.add_argument("--eval_batch_size", type=int, default=64, help="sentences generated at a time per rank (default 64)")
-    look.add_argument("--eval_limit", type=int, default=0, help="score only the first N of dev and test (default: all)")
-    look.add_argument("--num_beams", type=int, default=1, help="beams of generation; 1 is greedy (default)")
+    add_decoding_flags(look)
     look.add_argument("--no_eval_before", action="store_true", help="skip the scores before training")
     look.add_argument("--no_tensorboard", action="store_true", help="write no TensorBoard files")
     look.add_argument("--export", action="store_true", help="also write the trained model as a transformers folder")
@@ -148,6 +149,51 @@ def build_parser() -> argparse.ArgumentParser:
         else:
             choose.add_argument(flag, type=types[field.type], help=doc)
     return parser
+
+
+def add_data_flags(group: argparse._ArgumentGroup) -> None:
+    """Flags that say which data, for training, evaluation and prediction alike."""
+    group.add_argument("--task", action="append", help="ner (default), joint_er, relation, srl or dst; several --task/--data "
+                       "pairs are trained together and scored one by one")
+    group.add_argument("--data", action="append", help="FOLDER of a known layout, READER:FOLDER, or demo, a generated corpus "
+                       "(default); python -m fishdip_ds.data.convert --help lists readers")
+    group.add_argument("--labels", type=Path, help="JSON file {label: natural name}; default: lower-cased labels")
+    group.add_argument("--max_input_length", type=int, default=256, help="tokens of an input; longer ones are cut in "
+                       "training and evaluation and counted (default 256)")
+    group.add_argument("--max_target_length", type=int, default=256, help="tokens of a target, and of a generated string "
+                       "(default 256)")
+    group.add_argument("--fewrel_reference_spans", action="store_true", help="FewRel: cut mentions to two tokens, as the "
+                       "published loader does")
+    group.add_argument("--dst_score_empty", action="store_true", help="dialogue: let an empty predicted state be right where "
+                       "the gold one is empty (the published scorer never does)")
+
+
+def add_decoding_flags(group: argparse._ArgumentGroup) -> None:
+    """Flags that say how outputs are made, for training and evaluation alike."""
+    group.add_argument("--eval_batch_size", type=int, default=64, help="sentences generated at a time per rank (default 64)")
+    group.add_argument("--eval_limit", type=int, default=0, help="score only the first N of dev and test (default: all)")
+    group.add_argument("--num_beams", type=int, default=1, help="beams of generation; 1 is greedy (default)")
+    group.add_argument("--constrained", action="store_true", help="generate only outputs that parse and repeat their input")
+    group.add_argument("--likelihood", choices=["padded", "sum"], help="relation classification: take the most likely label "
+                       "instead of generating; padded is the published rule, sum leaves pads out (default with --ways: "
+                       "padded)")
+    group.add_argument("--gather", choices=["auto", "always", "never"], default="auto", help="hold the whole model on "
+                       "each rank while generating (default auto: if it takes at most 40 %% of the free memory)")
+
+
+def decoding(args: argparse.Namespace):
+    """The ``Decoding`` that the flags ask for."""
+    from fishdip_ds.training.evaluation import Decoding
+
+    likelihood = args.likelihood or ("padded" if getattr(args, "ways", None) is not None else None)
+    return Decoding(args.eval_batch_size, args.max_target_length, args.num_beams, args.constrained, likelihood)
+
+
+def _complete_data(args: argparse.Namespace) -> None:
+    args.task, args.data = args.task or ["ner"], args.data or ["demo"]
+    if args.labels is not None and max(len(args.task), len(args.data)) > 1:
+        raise ConfigError("--labels names the labels of one data set; convert the others to JSON lines with natural labels "
+                          "(python -m fishdip_ds.data.convert).")
 
 
 def _number(text: str) -> int | float:

@@ -1,15 +1,34 @@
-"""Scores by generation, shared out over all ranks."""
+"""Scores by generation or by the likelihood of candidates, shared out over all ranks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from fishdip_ds.data.text2text import Collator, Text2TextDataset
 from fishdip_ds.distributed import Comm
+from fishdip_ds.errors import ConfigError
+from fishdip_ds.selection.losses import sample_losses, shifts_labels
 from fishdip_ds.tasks.base import Counts, Task
+from fishdip_ds.training.constrained import allowed_tokens, pieces_of
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How outputs are made."""
+
+    batch_size: int = 64
+    max_length: int = 256
+    """Longest output in ids."""
+    num_beams: int = 1
+    constrained: bool = False
+    """Only outputs that parse and repeat their input."""
+    likelihood: str | None = None
+    """Choose among the task's candidates instead of generating: ``padded`` (the mean over the padded target, pads
+    counted, as the published code does) or ``sum`` (over the target's own ids)."""
 
 
 @dataclass(frozen=True)
@@ -17,34 +36,31 @@ class Evaluation:
     """Outcome on one split; the same on every rank."""
 
     metrics: dict[str, float]
-    outputs: list[str]
-    """Generated string of each example, in the order of the split."""
+    counts: Counts
+    outputs: list[str] = field(repr=False)
+    """Output of each example, in the order of the split."""
 
 
 @torch.no_grad()
-def evaluate(module: nn.Module, dataset: Text2TextDataset, task: Task, tokenizer, collator: Collator, comm: Comm, *,
-             batch_size: int, max_length: int, num_beams: int = 1) -> Evaluation:
-    """Generate for every example and score. **Collective.**
+def evaluate(module: nn.Module, dataset: Text2TextDataset, task: Task, tokenizer, collator: Collator, comm: Comm,
+             decoding: Decoding, *, in_step: bool = True) -> Evaluation:
+    """Outputs for every example, and their scores. **Collective.**
 
     Batches are cut from the whole split sorted by length and dealt to ranks, so that outputs do not depend on
-    the number of ranks; a rank without a batch repeats one, for under ZeRO-3 all must generate together.
+    the number of ranks.
+
+    Args:
+        in_step: the ranks must run the same passes, as under ZeRO-3 with sharded weights: one without a batch left
+            repeats one. False where every rank holds the whole model.
     """
-    device = _device()
     was_training = module.training
     module.eval()
-    order = sorted(range(len(dataset)), key=lambda i: (-len(dataset[i].get("prompt_ids", dataset[i]["input_ids"])), i))
-    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    task = task.for_split(dataset.examples)
     counts, mine = Counts(), {}
-    for turn in range(-(-len(batches) // comm.world)):
-        number = turn * comm.world + comm.rank
-        ids = batches[number] if number < len(batches) else batches[0]
-        prompts = {k: v.to(device) for k, v in collator.prompts([dataset[i] for i in ids]).items()}
-        generated = module.generate(**prompts, max_new_tokens=max_length, num_beams=num_beams, do_sample=False,
-                                    synced_gpus=comm.world > 1, pad_token_id=tokenizer.pad_token_id)
-        if collator.causal:
-            generated = generated[:, prompts["input_ids"].shape[1] :]
-        if number < len(batches):
-            texts = tokenizer.batch_decode(generated, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    size = 1 if decoding.likelihood else decoding.batch_size  # an example's candidates are a batch of their own
+    for ids, live in _batches(dataset, size, comm, in_step):
+        texts = write_outputs(module, dataset, ids, task, tokenizer, collator, decoding, synced=in_step and comm.world > 1)
+        if live:
             for i, text in zip(ids, texts, strict=True):
                 mine[i] = text
                 counts = counts + task.count(dataset.examples[i], text)
@@ -53,7 +69,68 @@ def evaluate(module: nn.Module, dataset: Text2TextDataset, task: Task, tokenizer
     for other_counts, other_outputs in comm.gather_objects((counts, mine)):
         total = total + other_counts
         outputs.update(other_outputs)
-    return Evaluation(task.metrics(total), [outputs[i] for i in range(len(dataset))])
+    return Evaluation(task.metrics(total), total, [outputs[i] for i in range(len(dataset))])
+
+
+def _batches(dataset: Text2TextDataset, size: int, comm: Comm, in_step: bool) -> Iterator[tuple[list[int], bool]]:
+    """(sample ids, whether they are this rank's own) of each pass of this rank."""
+    order = sorted(range(len(dataset)), key=lambda i: (-len(dataset[i].get("prompt_ids", dataset[i]["input_ids"])), i))
+    batches = [order[at : at + size] for at in range(0, len(order), size)]
+    for turn in range(-(-len(batches) // comm.world)):
+        number = turn * comm.world + comm.rank
+        if number < len(batches):
+            yield batches[number], True
+        elif in_step:
+            yield batches[0], False
+
+
+def write_outputs(module: nn.Module, dataset: Text2TextDataset, ids: list[int], task: Task, tokenizer, collator: Collator,
+                  decoding: Decoding, *, synced: bool = False) -> list[str]:
+    """Outputs for the examples ``ids`` of ``dataset``. **Collective** if the weights are sharded."""
+    if decoding.likelihood is not None:
+        return _most_likely(module, dataset, ids, task, tokenizer, collator, decoding)
+    device = _device()
+    prompts = {k: v.to(device) for k, v in collator.prompts([dataset[i] for i in ids]).items()}
+    skip = prompts["input_ids"].shape[1] if collator.causal else 1
+    options = {}
+    if decoding.constrained:
+        options["prefix_allowed_tokens_fn"] = allowed_tokens(
+            task, [dataset.examples[i] for i in ids], pieces_of(tokenizer), end_id=tokenizer.eos_token_id, skip=skip,
+            limit=decoding.max_length)
+    generated = module.generate(**prompts, max_new_tokens=decoding.max_length, num_beams=decoding.num_beams,
+                                do_sample=False, synced_gpus=synced, pad_token_id=tokenizer.pad_token_id, **options)
+    return tokenizer.batch_decode(generated[:, skip:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _most_likely(module: nn.Module, dataset: Text2TextDataset, ids: list[int], task: Task, tokenizer, collator: Collator,
+                 decoding: Decoding) -> list[str]:
+    """The candidate with the smallest loss; ties to the first. **Collective** if the weights are sharded.
+
+    All examples have equally many candidates, so ranks with equally many ``ids`` run equally many passes.
+    """
+    out = []
+    for i in ids:
+        texts = list(task.candidates(dataset.examples[i]).values())
+        if not texts:
+            raise ConfigError(f"task {task.name} has no list of candidate outputs; score it by generation.")
+        items = [dataset.with_target(i, text) for text in texts]
+        losses = candidate_losses(module, items, collator, decoding, tokenizer.pad_token_id)
+        out.append(texts[int(losses.argmin())])
+    return out
+
+
+def candidate_losses(module: nn.Module, items: list[dict], collator: Collator, decoding: Decoding,
+                     pad_id: int) -> torch.Tensor:
+    """Loss of each item's target given its input: fp32 [n] on the cpu. **Collective** if the weights are sharded."""
+    padded = decoding.likelihood == "padded" and not collator.causal
+    pads = Collator(pad_id, pad_targets_to=decoding.max_length if padded else 0,
+                    label_pad=pad_id if padded else collator.label_pad, causal=collator.causal)
+    losses = []
+    for at in range(0, len(items), decoding.batch_size):
+        batch = {k: v.to(_device()) for k, v in pads(items[at : at + decoding.batch_size]).items()}
+        logits = module(**batch).logits
+        losses.append(sample_losses(logits, batch["labels"], "padded_mean" if padded else "sum", shifts_labels(module)))
+    return torch.cat(losses).cpu()
 
 
 def _device() -> torch.device:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
+import json
 import os
 import sys
 import warnings
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fishdip_ds.distributed import Comm
+    from fishdip_ds.training.arguments import Job
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -19,14 +28,32 @@ def main(argv: list[str] | None = None) -> None:
         from fishdip_ds.distributed import close_distributed, init_distributed
 
         comm = init_distributed()
-        from fishdip_ds.training.trainer import Trainer
-
-        Trainer(job, comm).main()
+        run(job, comm)
     except FishdipError as error:
         _end(f"error: {error}")
     except KeyboardInterrupt:
         _end("interrupted")
     close_distributed()
+
+
+def run(job: Job, comm: Comm) -> None:
+    """One run, or one for each of ``--seeds`` and their mean and deviation. **Collective.**"""
+    from fishdip_ds.training.report import seeds_table
+    from fishdip_ds.training.trainer import Trainer
+
+    seeds, output = job.args.seeds, job.args.output
+    if not seeds:
+        Trainer(job, comm).main()
+        return
+    scores, headline = {}, {}
+    for seed in seeds:
+        args = argparse.Namespace(**{**vars(job.args), "subset_seed": seed, "output": output / f"seed-{seed}"})
+        result = Trainer(replace(job, args=args, ds=copy.deepcopy(job.ds)), comm).main()
+        scores[seed], headline = result["after"], result["headline"]
+    text, summary = seeds_table(scores, headline)
+    if comm.rank == 0:
+        print(text)
+        (output / "seeds.json").write_text(json.dumps({"seeds": seeds, "scores": summary}, indent=1) + "\n")
 
 
 def _quiet() -> None:

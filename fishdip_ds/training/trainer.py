@@ -9,19 +9,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 import fishdip_ds
-from fishdip_ds.data.datasets import Splits, load_dataset
-from fishdip_ds.data.sampling import by_count, by_fraction, by_shots
-from fishdip_ds.data.text2text import Collator, Text2TextDataset
+from fishdip_ds.data.text2text import Collator
 from fishdip_ds.distributed import Comm
 from fishdip_ds.ds_config import resolve
 from fishdip_ds.errors import ConfigError
 from fishdip_ds.selector import SelectionReport
-from fishdip_ds.tasks.base import Example, get_task
-from fishdip_ds.training.arguments import Job, fills
-from fishdip_ds.training.evaluation import Evaluation, evaluate
+from fishdip_ds.training.arguments import Job, decoding, fills
+from fishdip_ds.training.corpus import SPLITS, Corpus, Mixture, load_corpora, write_splits
+from fishdip_ds.training.evaluation import evaluate
 from fishdip_ds.training.models import load_model, load_tokenizer
-
-SPLITS = ("dev", "test")
+from fishdip_ds.training.report import next_steps, score_table
 
 
 class Trainer:
@@ -33,29 +30,35 @@ class Trainer:
         self.output: Path = job.args.output
         # The schedule's length follows from the data, which follows from the batch: resolve without it first.
         self.run = resolve({k: v for k, v in job.ds.items() if k != "scheduler"}, comm.world, fills(job.args))
-        splits = load_dataset(self.args.data, self.args.task, labels=self.args.labels)
-        self.task = get_task(self.args.task, splits.schema)
+        self.corpora = load_corpora(self.args)
         self.tokenizer = load_tokenizer(self.args.model)
-        chosen = self._subset(splits.train)
-        self.max_steps = self.args.max_steps or self.args.epochs * math.ceil(len(chosen) / self.run.global_batch)
+        samples = sum(len(c.splits.train) for c in self.corpora)
+        self.max_steps = self.args.max_steps or self.args.epochs * math.ceil(samples / self.run.global_batch)
         self.run = resolve(job.ds, comm.world, {**fills(job.args), "scheduler.params.total_num_steps": self.max_steps})
         model = load_model(self.args.model, self.run, gradient_checkpointing=self.args.gradient_checkpointing)
         self.causal = not model.config.is_encoder_decoder
-        self.data = self._tokenise(splits, chosen)
+        for corpus in self.corpora:
+            corpus.tokenise(self.tokenizer, self.args, causal=self.causal, prefixed=len(self.corpora) > 1)
+            for remark in corpus.remarks(self.args):
+                self.say(remark)
+        self.train_data = Mixture([c.data["train"] for c in self.corpora], self.args.temperature)
         self.collator = self._collator()
         self.engine, _, self.loader, _ = fishdip_ds.initialize(
-            model, self.run.ds, self.data["train"], self.collator, lr_scheduler=self._scheduler())
+            model, self.run.ds, self.train_data, self.collator, lr_scheduler=self._scheduler())
         self.engine.on_refresh = self._tell_refresh
         self.results: dict[str, dict[str, dict[str, float]]] = {"before": {}, "after": {}}
-        self.say(f"{self.args.model or 'embedded T5'} on {splits.source}: {len(chosen)} of {len(splits.train)} training "
-                 f"examples, {len(self.data['dev'])} dev, {len(self.data['test'])} test, "
-                 f"{len(splits.schema.natural)} types; {self.max_steps} steps of {self.run.global_batch} on "
+        for c in self.corpora:
+            self.say(f"{c.name}: {c.splits.source}, {len(c.splits.train)} of {c.full_train} training examples, "
+                     f"{len(c.data['dev'])} dev, {len(c.data['test'])} test, {c.splits.schema.size()} labels")
+        self.say(f"{self.args.model or 'embedded T5'}: {self.max_steps} steps of {self.run.global_batch} on "
                  f"{comm.world} rank{'s' if comm.world > 1 else ''}, strategy {self.run.fishdip.strategy}")
 
     # ---- the run ---------------------------------------------------------------------------------------
 
     def main(self) -> dict:
         """Train and score; returns what ``results.json`` holds."""
+        if self.comm.rank == 0:
+            write_splits(self.output / "samples", self.corpora)
         self._write("config.json", {"deepspeed": self.run.ds, "flags": {
             k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}})
         if self.args.resume is not None:
@@ -66,20 +69,20 @@ class Trainer:
                 self.say(f"step {self.engine.global_steps} of {self.max_steps} is done already; "
                          "raise --max_steps or --epochs to go on")
         elif not self.args.no_eval_before:
-            self.results["before"] = {split: self._score(split, "before").metrics for split in SPLITS}
+            self._score_all("before", SPLITS)
         self._loop()
-        for split in SPLITS:
-            self.results["after"][split] = self._score(split, "after").metrics
+        self._score_all("after", SPLITS)
         checkpoint = self._save()
         if self.args.export:
             self.engine.save_pretrained(self.output / "model")
             if self.comm.rank == 0:
                 self.tokenizer.save_pretrained(self.output / "model")
         summary = {**self.results, "steps": self.engine.global_steps, "strategy": self.run.fishdip.strategy,
-                   "density": self.run.fishdip.density, "headline": self.task.headline}
+                   "density": self.run.fishdip.density, "headline": {
+                       self._key(c, split): c.task.headline for c in self.corpora for split in SPLITS}}
         self._write("results.json", summary)
-        self.say(self._table())
-        self.say(self._next_steps(checkpoint))
+        self.say(score_table(self.results, {self._key(c, s): c.task.table for c in self.corpora for s in SPLITS}))
+        self.say(next_steps(self.args, checkpoint, self.max_steps))
         return summary
 
     def _loop(self) -> None:
@@ -106,22 +109,37 @@ class Trainer:
         self.bar.update()
         done = step >= self.max_steps
         if self.args.eval_interval and step % self.args.eval_interval == 0 and not done:
-            metrics = self._score("dev", "during").metrics
-            self.say(f"step {step}: dev {self.task.headline} {100 * metrics[self.task.headline]:.2f} %")
+            scores = self._score_all("during", ("dev",))
+            self.say(f"step {step}: " + ", ".join(
+                f"{self._key(c, 'dev')} {c.task.headline} {100 * scores[self._key(c, 'dev')][c.task.headline]:.2f} %"
+                for c in self.corpora))
         if self.args.save_interval and step % self.args.save_interval == 0 and not done:
             self._save()
 
-    def _score(self, split: str, when: str) -> Evaluation:
-        outcome = evaluate(self.engine.module, self.data[split], self.task, self.tokenizer, self.collator, self.comm,
-                           batch_size=self.args.eval_batch_size, max_length=self.args.max_target_length,
-                           num_beams=self.args.num_beams)
-        self.engine.monitor.scalars({f"Eval/{split}/{k}": v for k, v in outcome.metrics.items()},
-                                    self.engine.global_samples)
-        if when != "during" and self.comm.rank == 0:
-            rows = [{"id": e.id, "input": self.task.input_text(e), "gold": self.task.target_text(e), "output": text}
-                    for e, text in zip(self.data[split].examples, outcome.outputs, strict=True)]
-            self._write(f"predictions.{split}.{when}.jsonl", rows)
-        return outcome
+    def _key(self, corpus: Corpus, split: str) -> str:
+        """Name of a score: the split, and the data set too where the run has several."""
+        return split if len(self.corpora) == 1 else f"{corpus.name}/{split}"
+
+    def _score_all(self, when: str, splits: tuple[str, ...]) -> dict[str, dict[str, float]]:
+        """Metrics by key; kept in ``results`` unless ``when`` is during."""
+        scores = {}
+        wanted = {"auto": None, "always": True, "never": False}[self.args.gather]
+        with self.engine.whole_model(wanted) as independent:
+            for split in splits:
+                for corpus in self.corpora:
+                    outcome = evaluate(self.engine.module, corpus.data[split], corpus.task, self.tokenizer, self.collator,
+                                       self.comm, decoding(self.args), in_step=not independent)
+                    key = self._key(corpus, split)
+                    scores[key] = outcome.metrics
+                    if when != "during":
+                        rows = [{"id": e.id, "input": corpus.task.input_text(e), "gold": corpus.task.target_text(e),
+                                 "output": text} for e, text in zip(corpus.data[split].examples, outcome.outputs, strict=True)]
+                        self._write(f"predictions.{key.replace('/', '.')}.{when}.jsonl", rows)
+        for key, metrics in scores.items():
+            self.engine.monitor.scalars({f"Eval/{key}/{k}": v for k, v in metrics.items()}, self.engine.global_samples)
+        if when != "during":
+            self.results[when] = scores
+        return scores
 
     def _save(self) -> Path:
         folder = self.engine.save_checkpoint(self.output / "checkpoints",
@@ -130,30 +148,6 @@ class Trainer:
         return folder
 
     # ---- building --------------------------------------------------------------------------------------
-
-    def _subset(self, train: list[Example]) -> list[int]:
-        args, seed = self.args, self.args.subset_seed
-        if args.fraction is not None:
-            return by_fraction(len(train), args.fraction, seed)
-        if args.count is not None:
-            return by_count(len(train), args.count, seed)
-        if args.shots is not None:
-            return by_shots(train, args.shots, seed)
-        return list(range(len(train)))
-
-    def _tokenise(self, splits: Splits, chosen: list[int]) -> dict[str, Text2TextDataset]:
-        limit = self.args.eval_limit or None
-        examples = {"train": [splits.train[i] for i in chosen], "dev": splits.dev[:limit], "test": splits.test[:limit]}
-        data = {}
-        for split, rows in examples.items():
-            data[split] = made = Text2TextDataset(
-                rows, self.task, self.tokenizer, max_input_length=self.args.max_input_length,
-                max_target_length=self.args.max_target_length, causal=self.causal)
-            if made.cut_inputs or made.cut_targets:
-                self.say(f"{split}: {made.cut_inputs} inputs and {made.cut_targets} targets exceed the limits of "
-                         f"{self.args.max_input_length} and {self.args.max_target_length} tokens and were cut")
-        self._write("train_subset.json", [e.id for e in examples["train"]])
-        return data
 
     def _collator(self) -> Collator:
         if not self.run.fishdip.pad_as_target:
@@ -188,28 +182,13 @@ class Trainer:
 
     def _tell_refresh(self, report: SelectionReport) -> None:
         engine = self.engine
-        worst = "\n".join(
-            f"| {i} | {loss:.3f} | `{self.task.target_text(self.data['train'].examples[i])}` |" for i, loss in report.worst)
-        engine.monitor.text("Train/worst_samples", f"| sample | loss | target |\n|---|---|---|\n{worst}",
+        rows = [f"| {i} | {loss:.3f} | `{self._target(i)}` |" for i, loss in report.worst]
+        engine.monitor.text("Train/worst_samples", "| sample | loss | target |\n|---|---|---|\n" + "\n".join(rows),
                             engine.global_samples)
         self.say(f"step {report.step}: mask of {engine.mask.count:,} weights ({100 * engine.mask.density:.2f} %) chosen "
                  f"in {sum(report.seconds.values()):.1f} s, {engine.mask.hash()[:12]}")
 
-    def _table(self) -> str:
-        lines = [f"\n{'':14}{'precision':>11}{'recall':>9}{'F1':>9}"]
-        for when in ("before", "after"):
-            for split in SPLITS:
-                m = self.results[when].get(split)
-                if m:
-                    lines.append(f"{split + ' ' + when:14}{100 * m['precision']:>10.2f} {100 * m['recall']:>8.2f} "
-                                 f"{100 * m['f1']:>8.2f}  %")
-        return "\n".join(lines)
-
-    def _next_steps(self, checkpoint: Path) -> str:
-        command = f"deepspeed launch/train.py --ds_config {self.args.ds_config}"
-        here = f"--task {self.args.task} --data {self.args.data}" if self.args.data != "demo" else ""
-        return (f"\ncheckpoint  {checkpoint}\nscores      {self.output / 'results.json'}\n\nwhat to try next\n"
-                f"  tensorboard --logdir {self.output}\n"
-                f"  {command} {here} --resume --output {self.output} --max_steps {self.max_steps * 2}\n"
-                f"  {command} {here} --strategy random\n"
-                f"  {command} --data FOLDER_WITH_train.txt_dev.txt_test.txt --shots 10\n").replace("  --", " --")
+    def _target(self, sample_id: int) -> str:
+        part, at = self.train_data.locate(sample_id)
+        corpus = self.corpora[part]
+        return corpus.task.target_text(corpus.data["train"].examples[at])

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,6 +60,41 @@ def backward(engine: DeepSpeedEngine, loss: torch.Tensor) -> None:
     with gathered(list(engine.module.parameters(recurse=False))):
         loss.backward()
     engine.optimizer.release_backward_leftovers()
+
+
+@contextmanager
+def resident(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Hold the whole model on every rank, without DeepSpeed's hooks, for the block. **Collective** at both ends.
+
+    Inside, ranks run independently of each other and nothing is gathered again: generation takes hundreds of passes.
+    Weights must not be changed. Costs the full model's bytes on each rank while it lasts.
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    with gathered(list(engine.module.parameters())):
+        kept = {}
+        for handle in [*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook]:
+            hooks = handle.hooks_dict_ref()
+            kept.setdefault(id(hooks), (hooks, OrderedDict(hooks)))
+            hooks.pop(handle.id, None)
+        try:
+            yield
+        finally:
+            for hooks, before in kept.values():  # all of a module's hooks, in the order they had
+                hooks.clear()
+                hooks.update(before)
+
+
+def fits_on_one_device(model: nn.Module, share: float = 0.4) -> bool:
+    """Whether all weights take at most ``share`` of the free memory of the device (of the host, per local rank). Local."""
+    needed = sum(p.ds_numel * p.element_size() if hasattr(p, "ds_numel") else p.numel() * p.element_size()
+                 for p in model.parameters())
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_SIZE", "1"))
+    return needed <= share * free
 
 
 def gathered(params: list[nn.Parameter]):

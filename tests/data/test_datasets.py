@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from fishdip_ds.data.datasets import load_dataset
@@ -33,8 +35,10 @@ def test_file_names_and_prefixes(tmp_path, names, prefix):
 def test_missing_things_are_named(tmp_path):
     with pytest.raises(DataError, match="no data folder at"):
         load_dataset(str(tmp_path / "nowhere"), "ner")
+    with pytest.raises(DataError, match="holds no files of a layout known for task ner; known layouts are"):
+        load_dataset(str(tmp_path), "ner")
     (tmp_path / "train.txt").write_text("a O\n")
-    with pytest.raises(DataError, match=r"has no dev file; looked for dev\.txt"):
+    with pytest.raises(DataError, match="too small to carve a dev split out of it"):
         load_dataset(str(tmp_path), "ner")
     with pytest.raises(ConfigError, match='did you mean "wnut17"'):
         load_dataset(f"wnut7:{tmp_path}", "ner")
@@ -70,9 +74,26 @@ def test_own_label_map(tmp_path):
         load_dataset(str(tmp_path), "ner", labels=labels)
 
 
-def test_task_without_reader_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="'srl'"):
+def test_a_layout_of_another_task_is_named(tmp_path):
+    fill(tmp_path, [f"{s}.txt" for s in SPLITS])
+    with pytest.raises(DataError, match="they look like conll, which serves ner"):
         load_dataset(str(tmp_path), "srl")
+    with pytest.raises(ConfigError, match="reader 'wnut17' gives examples of ner, not of srl"):
+        load_dataset(f"wnut17:{tmp_path}", "srl")
+    with pytest.raises(DataError, match=r"no file in the layout of conll04 \(train: conll04_train.json"):
+        load_dataset(f"conll04:{tmp_path}", "joint_er")
+
+
+def test_missing_splits_are_carved_out_by_document(tmp_path):
+    rows = [{"tokens": ["a", "b"], "entities": [[0, 1, "x"]], "group": f"d{i // 3}", "id": str(i)} for i in range(60)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = load_dataset(f"jsonl:{tmp_path}", "ner")
+    groups = [{e.group for e in getattr(splits, s)} for s in SPLITS]
+    assert [len(getattr(splits, s)) for s in SPLITS] == [48, 6, 6] and len(splits.notes) == 1
+    assert sum(map(len, groups)) == 20 and not groups[0] & groups[1] and not groups[1] & groups[2]
+    (tmp_path / "train.jsonl").rename(tmp_path / "dev.jsonl")
+    splits = load_dataset(str(tmp_path), "ner")
+    assert [len(getattr(splits, s)) for s in SPLITS] == [36, 12, 12] and "no train split" in splits.notes[0]
 
 
 @pytest.mark.parametrize(("folder", "sizes", "types"), [
@@ -88,6 +109,6 @@ def test_real_sets_read_whole_and_round_trip(shared_dir, folder, sizes, types):
         counts = task.count(example, task.target_text(example))
         total = total + counts
         if not any(special in token for token in example.tokens for special in "[]|="):
-            gold, predicted, correct = counts.total  # there is no escaping: only these sentences come back whole
+            gold, predicted, correct = counts.total("entity")  # there is no escaping: only these sentences come back whole
             assert gold == predicted == correct and not any(counts.errors.values()), example
     assert total.examples == sum(sizes) and task.metrics(total)["f1"] > 0.998

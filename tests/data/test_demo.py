@@ -10,6 +10,7 @@ import pytest
 
 from fishdip_ds.data import demo, demo_words
 from fishdip_ds.data.demo import SIZES, TASKS, TYPES, World, demo_view, facts, load_demo, main, write_fact
+from fishdip_ds.errors import ConfigError
 from fishdip_ds.tasks.ner import Ner
 
 HELD_OUT_PARTS = {part for names in (demo_words.FIRST, demo_words.STEMS, demo_words.COMPANY_STEMS)
@@ -136,7 +137,7 @@ def test_the_writer_covers_every_entity():
 
 
 def test_unknown_task():
-    with pytest.raises(KeyError):
+    with pytest.raises(ConfigError, match="no view for task"):
         load_demo("parsing", 0)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from fishdip_ds.data.readers.base import read_text
 from fishdip_ds.errors import DataError
 from fishdip_ds.tasks.base import Example, Span
 
@@ -130,15 +131,5 @@ def _split(label: str) -> tuple[str, str | None]:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}; check the path.") from None
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: found byte 0x{raw[error.start]:02x} at offset {error.start}, which is "
-                        "not UTF-8; convert the file to UTF-8.") from None
     # Only line feeds end lines: tweets hold other characters that str.splitlines would split at.
-    return [line.rstrip("\r") for line in text.removeprefix("\ufeff").split("\n")]
+    return [line.rstrip("\r") for line in read_text(path).split("\n")]

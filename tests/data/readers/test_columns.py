@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fishdip_ds.data.columns import decode_labels, read_columns
+from fishdip_ds.data.readers.columns import decode_labels, read_columns
 from fishdip_ds.errors import DataError
 
 

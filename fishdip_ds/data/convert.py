@@ -1,0 +1,83 @@
+"""Look at what a reader reads: counts on the screen, examples as neutral JSON lines.
+
+``python -m fishdip_ds.data.convert --data wnut17:FOLDER --task ner [--out DIR]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from fishdip_ds.data.datasets import Splits, load_dataset
+from fishdip_ds.data.readers.base import SPLITS
+from fishdip_ds.data.readers.neutral import write_jsonl
+from fishdip_ds.data.readers.registry import ALIASES, READERS
+from fishdip_ds.errors import FishdipError
+from fishdip_ds.tasks.base import Counts, Example, Task, get_task
+
+
+def statistics(task: Task, examples: list[Example]) -> dict[str, int]:
+    """Counts over examples: labels, what the format cannot express, and how the gold strings come back."""
+    task = task.for_split(examples)
+    total, special, unwritable = Counts(), 0, 0
+    for example in examples:
+        total = add(total, task.count(example, task.target_text(example)))
+        special += any(mark in token for token in example.tokens for mark in "[]|=")
+        unwritable += task.unwritable(example)
+    labels = [label for example in examples for label in task.labels(example)]
+    return {"examples": len(examples), "labels": len(labels), "kinds_of_label": len(set(labels)),
+            "examples_with_marks_in_their_words": special, "labels_the_format_cannot_hold": unwritable,
+            "gold_strings_that_come_back_whole": total.exact}
+
+
+def add(total: Counts, one: Counts) -> Counts:
+    """``total`` with ``one`` added to it in place."""
+    total.examples, total.exact = total.examples + one.examples, total.exact + one.exact
+    for group, table in one.groups.items():
+        into = total.groups.setdefault(group, {})
+        for label, row in table.items():
+            into[label] = [a + b for a, b in zip(into.get(label, (0, 0, 0)), row, strict=True)]
+    for name, value in one.errors.items():
+        total.errors[name] += value
+    return total
+
+
+def report(task: Task, splits: Splits) -> str:
+    """What ``main`` prints."""
+    lines = [f"{splits.source}: task {task.name}, {splits.schema.size()} labels in the schema"]
+    lines += [f"  files of {split}: " + ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in stats.items())
+              for split, stats in splits.stats.items() if stats]
+    lines += [f"  note: {note}" for note in splits.notes]
+    for split in SPLITS:
+        counts = statistics(task, getattr(splits, split))
+        lines.append(f"  {split:5} " + ", ".join(f"{v:,} {k.replace('_', ' ')}" for k, v in counts.items()))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print statistics; with ``--out`` write every split as neutral JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", required=True, help=f"FOLDER, READER:FOLDER or demo; readers: {', '.join(READERS)}, "
+                        f"jsonl; also {', '.join(ALIASES)}")
+    parser.add_argument("--task", default=None, help="ner, joint_er, relation, srl or dst (default: the reader's first)")
+    parser.add_argument("--labels", type=Path, help="JSON file {label: natural name}")
+    parser.add_argument("--out", type=Path, help="folder for train.jsonl, dev.jsonl and test.jsonl")
+    args = parser.parse_args(argv)
+    try:
+        reader = args.data.partition(":")[0]
+        known = READERS.get(ALIASES.get(reader, reader))
+        task_name = args.task or (known.tasks[0] if known else "ner")
+        splits = load_dataset(args.data, task_name, labels=args.labels)
+        task = get_task(task_name, splits.schema)
+        print(report(task, splits))
+        if args.out:
+            for split in SPLITS:
+                write_jsonl(args.out / f"{split}.jsonl", task_name, getattr(splits, split))
+            print(f"wrote {args.out}")
+    except FishdipError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Every reader by name. Adding a layout is one ``read`` function and one line here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fishdip_ds.config import nearest
+from fishdip_ds.data.readers import dialogues, relations, roles, slots
+from fishdip_ds.data.readers.base import SPLITS, Names, Part, Reader, ReadOptions, read_json
+from fishdip_ds.data.readers.columns import read_columns
+from fishdip_ds.data.readers.neutral import read_jsonl
+from fishdip_ds.errors import ConfigError, DataError
+from fishdip_ds.tasks import label_maps as maps
+
+_COLUMNS = {
+    "train": ("train.txt", "train.conll", "train.bio", "train.iob", "train.tsv", "wnut17train.conll"),
+    "dev": ("dev.txt", "dev.conll", "dev.bio", "dev.iob", "dev.tsv", "valid.txt", "valid.conll", "emerging.dev.conll"),
+    "test": ("test.txt", "test.conll", "test.bio", "test.iob", "test.tsv", "emerging.test.annotated"),
+}
+
+
+def _columns(paths: list[Path], options: ReadOptions) -> Part:
+    known = options.known.keys() if options.known is not None else None
+    return Part([example for path in paths for example in read_columns(path, known, options.known_from)])
+
+
+def _fewrel_names(folder: Path) -> Names:
+    """TANL's rule: the Wikidata name as it is, from ``pid2name.json``."""
+    path = folder / "pid2name.json"
+    if not path.is_file():
+        raise DataError(f"{folder} has no pid2name.json, which names FewRel's relations; put it there.")
+    return Names(relations={pid: names[0] for pid, names in read_json(path).items()}, rule=lambda label: label)
+
+
+def _parts(pattern: str, **names: str) -> dict[str, tuple[str, ...]]:
+    """``pattern`` with the name that each split has in file names."""
+    return {split: (pattern.format(names.get(split, split)),) for split in SPLITS if names.get(split, split)}
+
+
+_JOINT = ("joint_er", "ner")
+_SRL_NAMES = Names(entities=maps.CONLL05_SRL, rule=lambda label: label)
+
+_ALL = [
+    Reader("conll04", _JOINT, _parts("conll04_{}.json"), relations.read_spert,
+           lambda _: Names(maps.CONLL04, maps.CONLL04_RELATIONS), "SpERT JSON"),
+    Reader("ace05", _JOINT, {s: (f"{s}.json", f"{s}.jsonl.dygie") for s in SPLITS}, relations.read_dygie,
+           lambda _: Names(maps.ACE05, maps.ACE05_RELATIONS), "DyGIE JSON lines"),
+    Reader("redocred", _JOINT, _parts("{}_revised.json"), relations.read_docred,
+           lambda _: Names(relations=maps.WIKIDATA), "Re-DocRED, per sentence"),
+    Reader("fewrel", ("relation",), {"train": ("train_wiki.json", "FewRel_train.json"),
+                                     "dev": ("val_wiki.json", "FewRel_dev.json")}, relations.read_fewrel, _fewrel_names,
+           "FewRel 1.0"),
+    Reader("semeval", ("relation",), {"train": ("TRAIN_FILE.TXT",), "test": ("TEST_FILE_FULL.TXT",)},
+           relations.read_semeval, lambda _: Names(no_relation="Other"), "SemEval-2010 task 8"),
+    Reader("conll05", ("srl",), {"train": ("conll05.train.txt",), "dev": ("conll05.dev.txt", "conll05.devel.txt"),
+                                 "test": ("conll05.test.txt", "conll05.test.wsj.txt", "conll05.test.brown.txt")},
+           roles.read_conll05, lambda _: _SRL_NAMES, "CoNLL-2005, WSJ or Brown, a predicate per line"),
+    Reader("propbank", ("srl",), {s: (f"{s}.jsonl.gz", f"{s}.propbank.jsonl") for s in SPLITS}, roles.read_propbank,
+           lambda _: _SRL_NAMES, "PropBank spans as JSON lines (EWT)"),
+    Reader("snips", ("ner",), {"train": ("*/train_*_full.json",), "test": ("*/validate_*.json",)}, slots.read_snips,
+           about="SNIPS custom intent engines, slots as entities"),
+    Reader("multiwoz_trade", ("dst",), _parts("multi_woz_2.1_{}_5_domain.json"), dialogues.read_multiwoz_trade,
+           lambda _: Names(slots=dialogues.MULTIWOZ_SLOTS), "MultiWOZ 2.1 prepared as for TRADE and TANL"),
+    Reader("multiwoz", ("dst",), {"train": ("train.json.zip",), "dev": ("val.json.zip", "val.json"),
+                                  "test": ("test.json.zip",)}, dialogues.read_multiwoz,
+           lambda _: Names(slots=dialogues.MULTIWOZ_SLOTS), "MultiWOZ 2.1 as published, five domains, raw labels"),
+    Reader("woz", ("dst",), _parts("woz_{}_en.json", dev="validate"), dialogues.read_woz,
+           lambda _: Names(slots=dialogues.MULTIWOZ_SLOTS), "WOZ 2.0"),
+    Reader("sgd", ("dst",), {s: (f"{s}/dialogues_*.json.gz", f"{s}/dialogues_*.json") for s in SPLITS},
+           dialogues.read_sgd, dialogues.sgd_names, "Schema-Guided Dialogue"),
+    Reader("conll", ("ner",), _COLUMNS, _columns, about="columns: token first, label last; BIO, BIOES or IO"),
+]
+READERS: dict[str, Reader] = {reader.name: reader for reader in _ALL}
+ALIASES = {"conll03": "conll", "conll2003": "conll", "ontonotes": "conll", "crossner": "conll", "wnut17": "conll",
+           "conll2012": "conll", "ewt": "propbank", "ewt_propbank_srl": "propbank", "ace2005": "ace05",
+           "re_docred": "redocred", "semeval2010_task8": "semeval", "multiwoz21": "multiwoz",
+           "woz20": "woz", "conll05_brown": "conll05"}
+"""Other names of readers, mostly data sets that share a layout; label tables go by the name given."""
+_COLUMN_TABLES = {"conll03": maps.CONLL03, "conll2003": maps.CONLL03, "ontonotes": maps.ONTONOTES,
+                  "conll2012": maps.ONTONOTES}
+
+
+def jsonl_reader(task: str) -> Reader:
+    """The reader of neutral JSON lines: ``train.jsonl`` or ``TASK.train.jsonl`` and so on."""
+    rule = _SRL_NAMES if task == "srl" else Names()
+    return Reader("jsonl", (task,), {s: (f"{task}.{s}.jsonl", f"{s}.jsonl") for s in SPLITS}, read_jsonl(task),
+                  lambda _: rule, "this project's own JSON lines")
+
+
+def find_reader(data: str, task: str) -> tuple[Reader, Path, str]:
+    """(reader, folder, name of the data set) of ``FOLDER`` or ``READER:FOLDER``.
+
+    Raises:
+        ConfigError: unknown reader, or one that does not serve ``task``. DataError: no such folder, or no file of a
+            known layout in it.
+    """
+    name, colon, rest = data.partition(":")
+    readers = {**READERS, "jsonl": jsonl_reader(task)}
+    if colon and not Path(data).exists():
+        reader = readers.get(ALIASES.get(name, name))
+        if reader is None:
+            raise ConfigError(f"unknown data set reader {name!r} in {data!r}{nearest(name, [*readers, *ALIASES])}")
+        if task not in reader.tasks:
+            raise ConfigError(f"reader {name!r} gives examples of {' and '.join(reader.tasks)}, not of {task}; "
+                              "change --task or --data.")
+        folder = _folder(Path(rest))
+        if not reader.find(folder):
+            wanted = "; ".join(f"{split}: {' or '.join(patterns)}" for split, patterns in reader.files.items())
+            raise DataError(f"{folder} has no file in the layout of {name} ({wanted}); check the folder or the reader.")
+        return reader, folder, name
+    folder = _folder(Path(data))
+    fitting = [reader for reader in readers.values() if task in reader.tasks and reader.find(folder)]
+    if not fitting:
+        others = [reader.name for reader in readers.values() if reader.find(folder)]
+        hint = f"they look like {others[0]}, which serves {READERS[others[0]].tasks[0]}" if others and \
+            others[0] in READERS else f"known layouts are {', '.join(n for n, r in readers.items() if task in r.tasks)}"
+        raise DataError(f"{folder} holds no files of a layout known for task {task}; {hint}.")
+    return fitting[0], folder, folder.resolve().name.lower()
+
+
+def names_for(reader: Reader, folder: Path, dataset: str) -> Names:
+    """Label tables of the data set; column files get theirs by its name."""
+    if reader.name == "conll":
+        table = _COLUMN_TABLES.get(dataset) or _COLUMN_TABLES.get(folder.resolve().name.lower())
+        return Names(entities=table or {})
+    return reader.names(folder)
+
+
+def _folder(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise DataError(f"no data folder at {folder}; give a folder with train, dev and test files, or --data demo.")
+    return folder

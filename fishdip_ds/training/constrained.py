@@ -1,0 +1,40 @@
+"""Grammars in generation: a ``prefix_allowed_tokens_fn`` for transformers' ``generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fishdip_ds.tasks.base import Example, Task
+from fishdip_ds.tasks.grammar import Ids, Pieces, Walk
+
+
+def pieces_of(tokenizer: PreTrainedTokenizerBase) -> Pieces:
+    """Token ids of words as they stand inside a text, remembered."""
+    known: dict[tuple[str, bool], Ids] = {}
+
+    def pieces(text: str, first: bool) -> Ids:
+        if (text, first) not in known:
+            known[text, first] = tuple(tokenizer(text if first else f" {text}", add_special_tokens=False)["input_ids"])
+        return known[text, first]
+
+    return pieces
+
+
+def allowed_tokens(task: Task, examples: Sequence[Example], pieces: Pieces, *, end_id: int, skip: int,
+                   limit: int) -> Callable[[int, torch.Tensor], list[int]]:
+    """Which ids may come next in each row of a batch.
+
+    Args:
+        examples: one per row.
+        skip: ids at the start of a row that are not output: the decoder's start token, or a causal prompt.
+        limit: longest output in ids, the end token included.
+    """
+    walks = [Walk(task.grammar(example, pieces), end_id, limit) for example in examples]
+
+    def allowed(row: int, ids: torch.Tensor) -> list[int]:
+        return walks[row].allowed(tuple(ids[skip:].tolist()))
+
+    return allowed

@@ -1,0 +1,163 @@
+"""What a run trains and is scored on: one data set or several, cut to size and tokenised."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from fishdip_ds.data.datasets import Splits, load_dataset
+from fishdip_ds.data.episodes import sample_episode
+from fishdip_ds.data.readers.neutral import write_jsonl
+from fishdip_ds.data.sampling import by_count, by_fraction, by_shots
+from fishdip_ds.data.text2text import Item, Text2TextDataset
+from fishdip_ds.errors import ConfigError
+from fishdip_ds.tasks.base import Example, Scoring, Task, get_task
+
+SPLITS = ("dev", "test")
+
+
+@dataclass
+class Corpus:
+    """One data set for one task."""
+
+    name: str
+    """Unique in the run; stands before every input where a run has several."""
+    task: Task
+    splits: Splits
+    """As trained on: ``train`` holds the low-resource subset."""
+    full_train: int
+    """Training examples before a subset was taken."""
+    data: dict[str, Text2TextDataset]
+    """train, dev, test; filled by ``tokenise``."""
+
+    def tokenise(self, tokenizer, args: argparse.Namespace, *, causal: bool, prefixed: bool) -> None:
+        """Fill ``data``."""
+        limit = args.eval_limit or None
+        rows = {"train": self.splits.train, "dev": self.splits.dev[:limit], "test": self.splits.test[:limit]}
+        self.data = {split: Text2TextDataset(
+            examples, self.task, tokenizer, max_input_length=args.max_input_length, causal=causal,
+            max_target_length=args.max_target_length, prefix=f"{self.name} : " if prefixed else "")
+            for split, examples in rows.items()}
+
+    def remarks(self, args: argparse.Namespace) -> list[str]:
+        """What the user should know about the data: nothing is cut or left out in silence."""
+        said = [f"{self.name}: {note}" for note in self.splits.notes]
+        for split, data in self.data.items():
+            if data.cut_inputs or data.cut_targets:
+                said.append(f"{self.name} {split}: {data.cut_inputs} inputs and {data.cut_targets} targets exceed the limits "
+                            f"of {args.max_input_length} and {args.max_target_length} tokens and were cut")
+            marks = sum(any(mark in token for token in e.tokens for mark in "[]|=") for e in data.examples)
+            if marks or data.unwritable:
+                said.append(f"{self.name} {split}: {marks} texts hold one of [ ] | = and {data.unwritable} labels cannot be "
+                            "written; both count against the score")
+        return said
+
+
+def load_corpora(args: argparse.Namespace) -> list[Corpus]:
+    """The data sets that ``--task`` and ``--data`` name in pairs, their training sets cut as asked."""
+    names = [f"{task}_{Path(data.rpartition(':')[2]).name}" if data != "demo" else f"demo_{task}"
+             for task, data in pairs(args)]
+    return [_load(args, task, data, name if names.count(name) == 1 else f"{name}_{i}")
+            for i, ((task, data), name) in enumerate(zip(pairs(args), names, strict=True))]
+
+
+def pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(task, data) pairs; one ``--data`` may serve several tasks."""
+    tasks, data = args.task or ["ner"], args.data or ["demo"]
+    if len(data) == 1:
+        data = data * len(tasks)
+    if len(tasks) == 1:
+        tasks = tasks * len(data)
+    if len(tasks) != len(data):
+        raise ConfigError(f"{len(tasks)} --task and {len(data)} --data were given; give one --data for each --task.")
+    return list(zip(tasks, data, strict=True))
+
+
+def _load(args: argparse.Namespace, task: str, data: str, name: str) -> Corpus:
+    splits = load_dataset(data, task, labels=args.labels, fewrel_reference_spans=args.fewrel_reference_spans)
+    full = len(splits.train)
+    if args.ways is not None:
+        splits = _episode(splits, task, args)
+    scoring = Scoring(dst_reference_empty=not args.dst_score_empty)
+    worker = get_task(task, splits.schema, scoring)
+    if args.ways is None:
+        chosen = subset(worker, splits.train, args)
+        splits = replace(splits, train=[splits.train[i] for i in chosen])
+    return Corpus(name, worker, splits, full, {})
+
+
+def subset(task: Task, train: Sequence[Example], args: argparse.Namespace) -> list[int]:
+    """Indices of the low-resource subset that the flags ask for."""
+    seed = args.subset_seed
+    if args.fraction is not None:
+        return by_fraction(len(train), args.fraction, seed)
+    if args.count is not None:
+        return by_count(len(train), args.count, seed)
+    if args.shots is not None:
+        return by_shots([task.labels(example) for example in train], args.shots, seed)
+    return list(range(len(train)))
+
+
+def _episode(splits: Splits, task: str, args: argparse.Namespace) -> Splits:
+    if task != "relation":
+        raise ConfigError(f"--ways makes episodes of relation classification; task {task} has none.")
+    if args.shots is None:
+        raise ConfigError("--ways needs --shots: how many examples of each relation to train on.")
+    support, queries, relations = sample_episode(
+        splits.whole or [*splits.train, *splits.dev, *splits.test], args.ways, args.shots, args.queries, args.subset_seed)
+    schema = replace(splits.schema, relations={r: splits.schema.relations[r] for r in relations})
+    return replace(splits, train=support, dev=queries, test=queries, schema=schema,
+                   notes=(f"episode {args.subset_seed}: {args.ways} ways, {len(support)} support and {len(queries)} query "
+                          "examples; the queries are both dev and test",))
+
+
+class Mixture(Dataset):
+    """The training sets of several corpora as one; an item's index is its sample id.
+
+    ``epoch_length`` and ``epoch_order`` tell the loader how often each is seen: by size raised to 1/temperature (1: by
+    size; large: all alike). An epoch has as many samples as there are; small sets are then repeated, large ones cut.
+    """
+
+    def __init__(self, parts: Sequence[Text2TextDataset], temperature: float = 1.0) -> None:
+        if not temperature >= 1:
+            raise ConfigError(f"--temperature is {temperature}; give at least 1 (by size); large values mix evenly.")
+        self.parts = list(parts)
+        self._starts = [sum(len(p) for p in self.parts[:i]) for i in range(len(self.parts))]
+        total = sum(len(p) for p in self.parts)
+        weights = [len(p) ** (1 / temperature) for p in self.parts]
+        self._counts = [max(1, round(total * w / sum(weights))) for w in weights]
+        self.epoch_length = sum(self._counts)
+
+    def __len__(self) -> int:
+        return sum(len(p) for p in self.parts)
+
+    def __getitem__(self, index: int) -> Item:
+        part, at = self.locate(index)
+        return self.parts[part][at]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(which part, index inside it) of a sample id."""
+        part = max(i for i, start in enumerate(self._starts) if start <= index)
+        return part, index - self._starts[part]
+
+    def epoch_order(self, generator: torch.Generator) -> list[int]:
+        """Sample ids of one epoch, shuffled."""
+        ids: list[int] = []
+        for part, start, count in zip(self.parts, self._starts, self._counts, strict=True):
+            drawn: list[int] = []
+            while len(drawn) < count:
+                drawn += torch.randperm(len(part), generator=generator).tolist()
+            ids += [start + i for i in drawn[:count]]
+        return [ids[i] for i in torch.randperm(len(ids), generator=generator).tolist()]
+
+
+def write_splits(folder: Path, corpora: Sequence[Corpus]) -> None:
+    """The very samples of a run as neutral JSON lines, for another system to be run on."""
+    for corpus in corpora:
+        for split, data in corpus.data.items():
+            write_jsonl(folder / (corpus.name if len(corpora) > 1 else "") / f"{split}.jsonl", corpus.task.name, data.examples)

@@ -1,0 +1,56 @@
+"""What a run prints at its end."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+Table = Sequence[tuple[str, str]]
+"""(column title, metric) pairs."""
+
+
+def score_table(results: Mapping[str, Mapping[str, Mapping[str, float]]], tables: Mapping[str, Table]) -> str:
+    """Scores in percent, one line per split and moment; a new head where the columns change.
+
+    Args:
+        results: moment -> key -> metrics.
+        tables: key -> its columns.
+    """
+    lines, head = [], None
+    width = max((len(key) for key in tables), default=0) + 8
+    for key, table in tables.items():
+        for when in ("before", "after"):
+            metrics = results[when].get(key)
+            if not metrics:
+                continue
+            if table != head:
+                lines.append("\n" + " " * width + "".join(f"{title:>16}" for title, _ in table))
+                head = table
+            lines.append(f"{key + ' ' + when:{width}}" + "".join(f"{100 * metrics[name]:>15.2f} " for _, name in table) + " %")
+    return "\n".join(lines)
+
+
+def seeds_table(runs: Mapping[int, Mapping[str, Mapping[str, float]]], headline: Mapping[str, str]) -> tuple[str, dict]:
+    """Mean and population deviation of each key's main metric over seeds, as text and as JSON values."""
+    lines, summary = [f"\n{'':24}{'mean':>9}{'std':>9}   by seed {' '.join(map(str, runs))}"], {}
+    for key, metric in headline.items():
+        values = [run[key][metric] for run in runs.values()]
+        mean, std = statistics.fmean(values), statistics.pstdev(values)
+        summary[key] = {"metric": metric, "mean": mean, "std": std, "values": values}
+        lines.append(f"{key + ' ' + metric:24}{100 * mean:>9.2f}{100 * std:>9.2f} %  "
+                     + " ".join(f"{100 * v:.2f}" for v in values))
+    return "\n".join(lines), summary
+
+
+def next_steps(args: argparse.Namespace, checkpoint: Path, steps: int) -> str:
+    """Commands worth trying after a run."""
+    command = f"deepspeed launch/train.py --ds_config {args.ds_config}"
+    pairs = "" if args.data == ["demo"] and args.task == ["ner"] else "".join(
+        [*(f" --task {t}" for t in args.task), *(f" --data {d}" for d in args.data)])
+    return (f"\ncheckpoint  {checkpoint}\nscores      {args.output / 'results.json'}\n\nwhat to try next\n"
+            f"  tensorboard --logdir {args.output}\n"
+            f"  {command}{pairs} --resume --output {args.output} --max_steps {steps * 2}\n"
+            f"  {command}{pairs} --strategy random\n"
+            f"  {command} --data FOLDER_WITH_train.txt_dev.txt_test.txt --shots 10\n")
