@@ -133,3 +133,23 @@ def test_real_data_on_two_ranks(shared_dir, tmp_path, data):
                   "--eval_limit", "6", "--max_target_length", "96", "--max_steps", "2", "--batch_size", "4",
                   "--no_eval_before", ranks=2, launcher="torchrun")
     assert 0 <= _results(done, tmp_path)["after"]["test"]["f1"] <= 1
+
+
+def test_five_tasks_in_one_training(tmp_path):
+    tasks = ["ner", "joint_er", "relation", "srl", "dst"]
+    done = _start(tmp_path, *[flag for task in tasks for flag in ("--task", task)], *SMALL, "--max_steps", "3",
+                  "--no_eval_before", "--temperature", "4", ranks=2, launcher="torchrun")
+    results = _results(done, tmp_path)
+    assert sorted(results["after"]) == sorted(f"demo_{task}/{split}" for task in tasks for split in ("dev", "test"))
+    for file in ("samples/demo_srl/train.jsonl", "predictions.demo_dst.test.after.jsonl"):
+        assert (tmp_path / file).is_file()
+
+
+def test_several_seeds_of_an_episode(tmp_path):
+    done = _start(tmp_path, "--task", "relation", "--ways", "3", "--shots", "2", "--queries", "2", "--seeds", "1", "2",
+                  "--max_steps", "2", "--no_eval_before", "--max_target_length", "48")
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "seeds.json").read_text())
+    assert summary["seeds"] == [1, 2] and len(summary["scores"]["test"]["values"]) == 2
+    samples = [(tmp_path / f"seed-{seed}/samples/train.jsonl").read_text() for seed in (1, 2)]
+    assert samples[0] != samples[1]

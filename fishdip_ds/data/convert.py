@@ -22,25 +22,13 @@ def statistics(task: Task, examples: list[Example]) -> dict[str, int]:
     task = task.for_split(examples)
     total, special, unwritable = Counts(), 0, 0
     for example in examples:
-        total = add(total, task.count(example, task.target_text(example)))
+        total += task.count(example, task.target_text(example))
         special += any(mark in token for token in example.tokens for mark in "[]|=")
         unwritable += task.unwritable(example)
     labels = [label for example in examples for label in task.labels(example)]
     return {"examples": len(examples), "labels": len(labels), "kinds_of_label": len(set(labels)),
             "examples_with_marks_in_their_words": special, "labels_the_format_cannot_hold": unwritable,
             "gold_strings_that_come_back_whole": total.exact}
-
-
-def add(total: Counts, one: Counts) -> Counts:
-    """``total`` with ``one`` added to it in place."""
-    total.examples, total.exact = total.examples + one.examples, total.exact + one.exact
-    for group, table in one.groups.items():
-        into = total.groups.setdefault(group, {})
-        for label, row in table.items():
-            into[label] = [a + b for a, b in zip(into.get(label, (0, 0, 0)), row, strict=True)]
-    for name, value in one.errors.items():
-        total.errors[name] += value
-    return total
 
 
 def report(task: Task, splits: Splits) -> str:

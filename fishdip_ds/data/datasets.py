@@ -49,7 +49,7 @@ def load_dataset(data: str, task: str, *, seed: int = 0, labels: Path | None = N
 
         return load_demo(task, seed)
     reader, folder, dataset = find_reader(data, task)
-    table = _label_file(labels) if labels else None
+    table = read_label_map(labels) if labels else None
     options = ReadOptions(table, str(labels), fewrel_reference_spans)
     parts = {split: _read(reader.read, paths, options) for split, paths in reader.find(folder).items()}
     found = {split: part.examples for split, part in parts.items()}
@@ -143,11 +143,19 @@ def _values(train: Sequence[Example]) -> dict[str, tuple[str, ...]]:
     return {name: tuple(sorted(found)) for name, found in values.items()}
 
 
-def _label_file(path: Path) -> dict[str, str]:
+def read_label_map(path: Path) -> dict[str, str]:
+    """{label: natural name}; the file may also hold it in the sections ``entities`` and ``relations``.
+
+    Raises:
+        DataError: a file that cannot be read or holds anything else.
+    """
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read the label map {path}: {error}.") from None
+    if isinstance(loaded, dict) and loaded.keys() <= {"entities", "relations"} and all(
+            isinstance(section, dict) for section in loaded.values()):
+        loaded = {label: natural for section in loaded.values() for label, natural in section.items()}
     if not isinstance(loaded, dict) or not all(isinstance(v, str) for v in loaded.values()):
         raise DataError(f"{path} must hold one JSON object that maps each label to its natural name.")
     return loaded

@@ -65,11 +65,6 @@ class Schema:
                 raise ConfigError(f"two labels share the natural name {doubled[0]!r}; give them different names with "
                                   "a label map.")
 
-    @property
-    def label_of(self) -> dict[str, str]:
-        """Natural label -> data set label, entity types and relations."""
-        return {natural: label for table in (self.natural, self.relations) for label, natural in table.items()}
-
     def size(self) -> int:
         """How many labels there are."""
         return len(self.natural) + len(self.relations) + sum(len(slots) for slots in self.slots.values())
@@ -120,6 +115,17 @@ class Counts:
                             for label in sorted(a.keys() | b.keys())}
         return Counts(self.examples + other.examples, groups, self.exact + other.exact,
                       {e: self.errors[e] + other.errors[e] for e in ERRORS})
+
+    def __iadd__(self, other: Counts) -> Counts:
+        """In place: sums over many examples stay linear."""
+        self.examples, self.exact = self.examples + other.examples, self.exact + other.exact
+        for group, table in other.groups.items():
+            into = self.groups.setdefault(group, {})
+            for label, row in table.items():
+                into[label] = [a + b for a, b in zip(into.get(label, (0, 0, 0)), row, strict=True)]
+        for name, value in other.errors.items():
+            self.errors[name] += value
+        return self
 
     def tally(self, group: str, gold: set, predicted: set, label_at: int | None) -> None:
         """Count two sets of tuples; ``label_at`` is where a tuple holds its label (None: no label)."""

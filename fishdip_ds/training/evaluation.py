@@ -63,11 +63,11 @@ def evaluate(module: nn.Module, dataset: Text2TextDataset, task: Task, tokenizer
         if live:
             for i, text in zip(ids, texts, strict=True):
                 mine[i] = text
-                counts = counts + task.count(dataset.examples[i], text)
+                counts += task.count(dataset.examples[i], text)
     module.train(was_training)
     total, outputs = Counts(), {}
     for other_counts, other_outputs in comm.gather_objects((counts, mine)):
-        total = total + other_counts
+        total += other_counts
         outputs.update(other_outputs)
     return Evaluation(task.metrics(total), total, [outputs[i] for i in range(len(dataset))])
 

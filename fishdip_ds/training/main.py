@@ -1,13 +1,15 @@
-"""Entry point of ``launch/train.py``: run, and end all ranks with one sentence if something is wrong."""
+"""Entry point of the launch scripts: run, and end all ranks with one sentence if something is wrong."""
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import copy
 import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,24 +18,34 @@ if TYPE_CHECKING:
     from fishdip_ds.training.arguments import Job
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse flags, join the ranks, train. Exit code 1 with a message on errors a user can act on."""
+def train(argv: list[str] | None = None) -> None:
+    """``launch/train.py``: parse flags, join the ranks, train."""
+    from fishdip_ds.training.arguments import parse
+
+    job = parse(argv)
+    from fishdip_ds.distributed import close_distributed, init_distributed
+
+    run(job, init_distributed())
+    close_distributed()
+
+
+def main(command: Callable[..., None] = train, *args: object) -> None:
+    """Run ``command(*args)`` and leave. Exit code 1 with one sentence on errors a user can act on."""
     _quiet()
     from fishdip_ds.errors import FishdipError
 
     try:
-        from fishdip_ds.training.arguments import parse
-
-        job = parse(argv)
-        from fishdip_ds.distributed import close_distributed, init_distributed
-
-        comm = init_distributed()
-        run(job, comm)
+        command(*args)
     except FishdipError as error:
         _end(f"error: {error}")
     except KeyboardInterrupt:
         _end("interrupted")
-    close_distributed()
+    # All is written. Threads of the communication libraries below may still abort a process that is torn down with
+    # them alive, which would turn a finished run into a failed one.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def run(job: Job, comm: Comm) -> None:

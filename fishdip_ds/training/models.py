@@ -53,6 +53,20 @@ def load_model(name: str | None, run: RunConfig, *, gradient_checkpointing: bool
     return model
 
 
+def load_plain_model(name: str | None, dtype: torch.dtype) -> nn.Module:
+    """A seq2seq or decoder-only model on the cpu, unsharded, in ``dtype``. Local.
+
+    Raises:
+        ConfigError: naming the model that cannot be loaded, and why.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    source = name or embedded_model()
+    config = _from_hub(AutoConfig.from_pretrained, source)
+    factory = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return _from_hub(factory.from_pretrained, source, dtype=dtype)
+
+
 def _from_hub(load, source: str | Path, **options: object):
     try:
         return load(source, **options)

@@ -19,6 +19,7 @@ from fishdip_ds.training.corpus import SPLITS, Corpus, Mixture, load_corpora, wr
 from fishdip_ds.training.evaluation import evaluate
 from fishdip_ds.training.models import load_model, load_tokenizer
 from fishdip_ds.training.report import next_steps, score_table
+from fishdip_ds.training.taskfile import write_tasks
 
 
 class Trainer:
@@ -59,6 +60,7 @@ class Trainer:
         """Train and score; returns what ``results.json`` holds."""
         if self.comm.rank == 0:
             write_splits(self.output / "samples", self.corpora)
+            self._write_tasks(self.output)
         self._write("config.json", {"deepspeed": self.run.ds, "flags": {
             k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}})
         if self.args.resume is not None:
@@ -77,6 +79,7 @@ class Trainer:
             self.engine.save_pretrained(self.output / "model")
             if self.comm.rank == 0:
                 self.tokenizer.save_pretrained(self.output / "model")
+                self._write_tasks(self.output / "model")
         summary = {**self.results, "steps": self.engine.global_steps, "strategy": self.run.fishdip.strategy,
                    "density": self.run.fishdip.density, "headline": {
                        self._key(c, split): c.task.headline for c in self.corpora for split in SPLITS}}
@@ -140,6 +143,10 @@ class Trainer:
         if when != "during":
             self.results[when] = scores
         return scores
+
+    def _write_tasks(self, folder: Path) -> None:
+        write_tasks(folder, {c.name: c.task for c in self.corpora}, prefixed=len(self.corpora) > 1,
+                    max_input_length=self.args.max_input_length, max_target_length=self.args.max_target_length)
 
     def _save(self) -> Path:
         folder = self.engine.save_checkpoint(self.output / "checkpoints",

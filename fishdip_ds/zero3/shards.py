@@ -14,6 +14,7 @@ from torch import nn
 
 from fishdip_ds.distributed import Comm
 from fishdip_ds.errors import ConfigError
+from fishdip_ds.fingerprint import finish, partial_fingerprint
 
 INT32_MAX = 2**31 - 1
 
@@ -117,22 +118,12 @@ class ShardLayout:
                 at += n
 
     def fingerprints(self) -> dict[str, int]:
-        """A 63-bit checksum of each tensor's global value, the same for any number of ranks. **Collective.**
-
-        Sum of (bit pattern x odd position weight) modulo 2^64, so that it adds up over shards.
-        """
+        """A 63-bit checksum of each tensor's global value, the same for any number of ranks. **Collective.**"""
         sums = torch.zeros(len(self.tensors), dtype=torch.int64, device=self.device())
         for t in self.tensors:
-            bits = t.owned().view(_INT_OF_SIZE[t.dtype.itemsize])
-            for begin in range(0, bits.numel(), 1 << 20):
-                part = bits[begin : begin + (1 << 20)].to(torch.int64)
-                place = torch.arange(t.start + begin, t.start + begin + part.numel(), device=part.device)
-                sums[t.index] += (part * (2 * place + 1)).sum().to(sums.device)
+            sums[t.index] = partial_fingerprint(t.owned(), t.start).to(sums.device)
         self.comm.all_reduce(sums, tag="checks")
-        return {t.name: int(v) & ((1 << 63) - 1) for t, v in zip(self.tensors, sums.tolist(), strict=True)}
-
-
-_INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        return {t.name: finish(v) for t, v in zip(self.tensors, sums.tolist(), strict=True)}
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -1,0 +1,88 @@
+"""A trained model ready to write outputs: from a run, an exported folder, or any transformers model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from fishdip_ds.checkpoint.apply import apply_checkpoint
+from fishdip_ds.data.text2text import Collator
+from fishdip_ds.distributed import Comm
+from fishdip_ds.ds_config import resolve
+from fishdip_ds.errors import ConfigError
+from fishdip_ds.training.models import load_model, load_plain_model, load_tokenizer
+
+
+@dataclass
+class Writer:
+    """A model, its tokenizer, and whether its ranks must run in step."""
+
+    module: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    collator: Collator
+    in_step: bool
+    """The weights are sharded: all ranks run the same passes."""
+
+
+def add_model_flags(group: argparse._ArgumentGroup) -> None:
+    """Flags that name a trained model."""
+    group.add_argument("--from_run", type=Path, help="folder of a run of launch/train.py: its last checkpoint (or --tag)")
+    group.add_argument("--tag", help="checkpoint of --from_run, such as step-000300 (default: the last)")
+    group.add_argument("--model", help="transformers name or folder, such as RUN/model of a run with --export")
+    group.add_argument("--sharded", action="store_true", help="shard the weights over all ranks by ZeRO-3 (for models that do "
+                       "not fit on one device); else every rank holds the model and takes its share of the work")
+    group.add_argument("--bf16", action="store_true", help="weights and activations in bfloat16 (default: as the run, else "
+                       "fp32)")
+
+
+def load_writer(args: argparse.Namespace, comm: Comm) -> Writer:
+    """The model that the flags name. **Collective.**
+
+    Raises:
+        ConfigError: not exactly one of --from_run and --model, or a run whose checkpoint is not of this engine.
+    """
+    if (args.from_run is None) == (args.model is None):
+        raise ConfigError("give either --from_run, the folder of a run, or --model, a transformers name or folder.")
+    name, bf16 = args.model, args.bf16
+    if args.from_run is not None:
+        try:
+            config = json.loads((args.from_run / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{args.from_run} is no folder of a run: config.json cannot be read ({error}).") from None
+        name = config["flags"]["model"]
+        bf16 = bool(config["deepspeed"].get("bf16", {}).get("enabled"))
+        if config["deepspeed"]["fishdip"]["strategy"] in ("full", "lora"):
+            raise ConfigError(f"the checkpoints of {args.from_run} are stock DeepSpeed's; run it with --export and give "
+                              f"--model {args.from_run / 'model'}.")
+    tokenizer = load_tokenizer(name)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    if args.sharded:
+        module = _sharded(args, name, bf16, comm)
+    else:
+        module = load_plain_model(name, dtype)
+        if args.from_run is not None:
+            apply_checkpoint(module, args.from_run / "checkpoints", args.tag)
+        module.to(_device())
+    collator = Collator(tokenizer.pad_token_id, causal=not module.config.is_encoder_decoder)
+    return Writer(module.eval(), tokenizer, collator, args.sharded)
+
+
+def _sharded(args: argparse.Namespace, name: str | None, bf16: bool, comm: Comm) -> nn.Module:
+    from fishdip_ds.zero3.partition import partition
+
+    if args.from_run is not None:
+        raise ConfigError("--sharded reads an exported model; train with --export and give --model RUN/model.")
+    run = resolve({"bf16": {"enabled": bf16}, "zero_optimization": {"stage": 3}}, comm.world)
+    return partition(load_model(name, run), run.ds).module
+
+
+def _device() -> torch.device:
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())

@@ -1,0 +1,61 @@
+"""``tasks.json`` beside a run or an exported model: what it takes to read the model's outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from fishdip_ds.errors import ConfigError, DataError
+from fishdip_ds.tasks.base import Schema, Scoring, Task, get_task
+
+NAME = "tasks.json"
+
+
+def write_tasks(folder: Path, tasks: dict[str, Task], *, prefixed: bool, max_input_length: int,
+                max_target_length: int) -> None:
+    """Write the file. ``tasks``: name of the data set -> task."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = {name: {"task": task.name, "schema": dataclasses.asdict(task.schema),
+                      "scoring": dataclasses.asdict(task.scoring), "prefix": f"{name} : " if prefixed else ""}
+               for name, task in tasks.items()}
+    value = {"max_input_length": max_input_length, "max_target_length": max_target_length, "data": entries}
+    (folder / NAME).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskInfo:
+    """One data set that a model was trained on."""
+
+    name: str
+    task: Task
+    prefix: str
+    """Stands before every input."""
+    max_input_length: int
+    max_target_length: int
+
+
+def read_task(folder: Path, wanted: str | None) -> TaskInfo:
+    """The entry of a data set or task called ``wanted``; the only one if None.
+
+    Raises:
+        DataError: no such file. ConfigError: none or several entries fit.
+    """
+    path = folder / NAME
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} has no readable {NAME}, which says what the model was trained to write ({error}); give the "
+                        "folder of a run or of its exported model.") from None
+    entries = loaded["data"]
+    fitting = [name for name, entry in entries.items() if wanted in (None, name, entry["task"])]
+    if len(fitting) != 1:
+        known = ", ".join(f"{name} ({entry['task']})" for name, entry in entries.items())
+        raise ConfigError(f"{path} has {'no' if not fitting else 'several'} entries for {wanted or 'the task'!r}: {known}; "
+                          "name one with --task.")
+    entry = entries[fitting[0]]
+    schema = entry["schema"]
+    schema["slots"] = {domain: tuple(slots) for domain, slots in schema["slots"].items()}
+    schema["values"] = {name: tuple(values) for name, values in schema["values"].items()}
+    task = get_task(entry["task"], Schema(**schema), Scoring(**entry["scoring"]))
+    return TaskInfo(fitting[0], task, entry["prefix"], loaded["max_input_length"], loaded["max_target_length"])

@@ -1,0 +1,13 @@
+"""Annotate text with a trained model: ``echo "..." | python launch/predict.py --from_run runs/ner-fish_dip``."""
+
+import sys
+
+from fishdip_ds.training.main import main
+
+if __name__ == "__main__":
+    def predict(argv: list[str]) -> None:
+        from fishdip_ds.training.predict import main as run  # late: after the libraries below are told to be quiet
+
+        run(argv)
+
+    main(predict, sys.argv[1:])
