@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -17,13 +15,13 @@ from fishdip_ds.distributed import Comm
 from fishdip_ds.ds_config import RunConfig
 from fishdip_ds.engine import StepStats
 from fishdip_ds.errors import ConfigError, FishdipError
+from fishdip_ds.model_verbs import ModelVerbs
 from fishdip_ds.monitoring import Monitor, peak_memory_gib
 from fishdip_ds.selection.rng import own_stream
 from fishdip_ds.selector import LossFn
-from fishdip_ds.zero3.partition import fits_on_one_device, resident
 
 
-class StockEngine:
+class StockEngine(ModelVerbs):
     """DeepSpeed's own engine and optimizer, for comparison. Every verb means what it means in ``Engine``.
 
     Stock in all respects: the loss of a step is the mean over ranks and micro-batches of their mean losses.
@@ -125,30 +123,6 @@ class StockEngine:
 
     def next_refresh(self) -> None:
         """Nothing is ever chosen."""
-
-    @contextmanager
-    def whole_model(self, wanted: bool | None = None) -> Iterator[bool]:
-        """For the block, hold the model unsharded on every rank if that fits, so that ranks run on their own.
-
-        Args:
-            wanted: True or False decides; None asks all ranks whether it fits on their device. **Collective.**
-
-        Yields:
-            whether it is held; if not, all ranks must go on running the same passes.
-        """
-        if wanted is None:
-            wanted = all(self.comm.gather_objects(fits_on_one_device(self.module)))
-        with resident(self.deepspeed) if wanted else nullcontext():
-            yield wanted
-
-    def train(self, mode: bool = True) -> StockEngine:
-        """Train mode."""
-        self.module.train(mode)
-        return self
-
-    def eval(self) -> StockEngine:
-        """Eval mode."""
-        return self.train(False)
 
 
 def add_lora(model: nn.Module, rank: int, alpha: int, seed: int) -> nn.Module:

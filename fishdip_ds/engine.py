@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from fishdip_ds.data.loader import FILLER, Collate, StepLoader
 from fishdip_ds.distributed import Comm
 from fishdip_ds.ds_config import RunConfig
 from fishdip_ds.errors import ConfigError, FishdipError
+from fishdip_ds.model_verbs import ModelVerbs
 from fishdip_ds.monitoring import Monitor, peak_memory_gib, refresh_events
 from fishdip_ds.optim.adafactor import Adafactor
 from fishdip_ds.optim.compact import CompactOptimizer, OwnedEntries
@@ -24,7 +24,7 @@ from fishdip_ds.selection.mask import Mask, union_sorted
 from fishdip_ds.selector import LossFn, SelectionReport, Selector
 from fishdip_ds.strategies import STRATEGIES
 from fishdip_ds.zero3.gradients import GradientTap, MaskedAccumulator
-from fishdip_ds.zero3.partition import backward, fits_on_one_device, partition, resident
+from fishdip_ds.zero3.partition import backward, partition
 from fishdip_ds.zero3.shards import ShardLayout
 
 
@@ -42,7 +42,7 @@ class StepStats:
     """Samples of all ranks per second since the step before, refresh included."""
 
 
-class Engine:
+class Engine(ModelVerbs):
     """A ZeRO-3 model of which only a chosen few weights are trained. Made by ``fishdip_ds.initialize``.
 
     All verbs are **collective**: every rank calls them in the same order. ``forward`` may refresh the mask.
@@ -189,30 +189,6 @@ class Engine:
         from fishdip_ds.checkpoint.export import save_pretrained
 
         return save_pretrained(self.module, self.comm, Path(folder))
-
-    @contextmanager
-    def whole_model(self, wanted: bool | None = None) -> Iterator[bool]:
-        """For the block, hold the model unsharded on every rank if that fits, so that ranks run on their own.
-
-        Args:
-            wanted: True or False decides; None asks all ranks whether it fits on their device. **Collective.**
-
-        Yields:
-            whether it is held; if not, all ranks must go on running the same passes.
-        """
-        if wanted is None:
-            wanted = all(self.comm.gather_objects(fits_on_one_device(self.module)))
-        with resident(self.deepspeed) if wanted else nullcontext():
-            yield wanted
-
-    def train(self, mode: bool = True) -> Engine:
-        """Put the model in train mode (dropout on). Like DeepSpeed, the engine never does it by itself."""
-        self.module.train(mode)
-        return self
-
-    def eval(self) -> Engine:
-        """Put the model in eval mode."""
-        return self.train(False)
 
     # ---- the mask --------------------------------------------------------------------------------------
 

@@ -127,12 +127,16 @@ def test_a_failing_rank_ends_all(tmp_path):
     assert "lower the learning rate" in done.stderr
 
 
-@pytest.mark.parametrize("data", ["crossner/politics", "wnut17"])
-def test_real_data_on_two_ranks(shared_dir, tmp_path, data):
-    done = _start(tmp_path, "--task", "ner", "--data", str(shared_dir / "data" / data), "--count", "24",
-                  "--eval_limit", "6", "--max_target_length", "96", "--max_steps", "2", "--batch_size", "4",
-                  "--no_eval_before", ranks=2, launcher="torchrun")
-    assert 0 <= _results(done, tmp_path)["after"]["test"]["f1"] <= 1
+@pytest.mark.parametrize(("task", "data", "ranks"), [
+    ("ner", "crossner/politics", 2), ("ner", "wnut17", 2), ("ner", "snips", 0), ("joint_er", "re_docred", 0),
+    ("relation", "semeval2010_task8", 0), ("relation", "fewrel", 0), ("srl", "ewt_propbank_srl", 0), ("dst", "woz20", 0),
+    ("dst", "multiwoz21", 0), ("dst", "sgd", 0)])
+def test_real_data(shared_dir, tmp_path, task, data, ranks):
+    done = _start(tmp_path, "--task", task, "--data", str(shared_dir / "data" / data), "--count", "16", "--eval_limit", "3",
+                  "--max_input_length", "128", "--max_target_length", "64", "--max_steps", "2", "--batch_size", "4",
+                  "--worst_samples", "4", "--no_eval_before", ranks=ranks, launcher="torchrun" if ranks else "python")
+    results = _results(done, tmp_path)
+    assert 0 <= results["after"]["test"][results["headline"]["test"]] <= 1
 
 
 def test_five_tasks_in_one_training(tmp_path):

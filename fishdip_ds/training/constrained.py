@@ -11,13 +11,26 @@ from fishdip_ds.tasks.base import Example, Task
 from fishdip_ds.tasks.grammar import Ids, Pieces, Walk
 
 
+_BEFORE = "a"
+
+
 def pieces_of(tokenizer: PreTrainedTokenizerBase) -> Pieces:
-    """Token ids of words as they stand inside a text, remembered."""
+    """Token ids of words as they stand inside a text, remembered.
+
+    A word is tokenised behind another one, whose ids are then taken off: what a lone leading space becomes differs
+    from tokenizer to tokenizer.
+    """
     known: dict[tuple[str, bool], Ids] = {}
+
+    def ids(text: str) -> Ids:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    before = ids(_BEFORE)
 
     def pieces(text: str, first: bool) -> Ids:
         if (text, first) not in known:
-            known[text, first] = tuple(tokenizer(text if first else f" {text}", add_special_tokens=False)["input_ids"])
+            found = ids(text if first else f"{_BEFORE} {text}")
+            known[text, first] = found if first else found[len(before) :]
         return known[text, first]
 
     return pieces

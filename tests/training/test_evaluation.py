@@ -72,6 +72,27 @@ def test_constrained_outputs_parse(task):
         assert metrics["error_reconstruction"] == 0.0 < run(1, _outputs, task, True, False, 6)[0][1]["error_reconstruction"]
 
 
+@pytest.mark.parametrize("folder", [None, "data/t5_tokenizer"])
+@pytest.mark.parametrize("task_name", ["ner", "joint_er", "relation", "srl", "dst"])
+def test_gold_outputs_are_allowed_id_by_id(shared_dir, task_name, folder):
+    from transformers import AutoTokenizer
+
+    from fishdip_ds.data.datasets import load_dataset
+    from fishdip_ds.tasks.base import get_task
+    from fishdip_ds.tasks.grammar import Walk
+    from fishdip_ds.training.constrained import pieces_of
+    from fishdip_ds.training.models import load_tokenizer
+
+    tokenizer = load_tokenizer(None) if folder is None else AutoTokenizer.from_pretrained(shared_dir / folder)
+    splits = load_dataset("demo", task_name)
+    task, pieces = get_task(task_name, splits.schema), pieces_of(tokenizer)
+    for example in splits.train[:50]:
+        ids = tokenizer(task.target_text(example))["input_ids"]
+        walk = Walk(task.grammar(example, pieces), tokenizer.eos_token_id, 300)
+        for at, chosen in enumerate(ids):
+            assert chosen in walk.allowed(tuple(ids[:at])), (task.target_text(example), tokenizer.decode(ids[: at + 1]))
+
+
 def _losses_around(strategy: str, gather: bool | None) -> list[float]:
     from fishdip_ds.training.evaluation import Decoding, evaluate
 

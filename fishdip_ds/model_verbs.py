@@ -1,0 +1,48 @@
+"""What every engine can do with its model, however it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from fishdip_ds.distributed import Comm
+from fishdip_ds.zero3.partition import fits_on_one_device, resident
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from typing_extensions import Self
+
+
+class ModelVerbs:
+    """Train and eval mode, and the model whole on every rank for a while."""
+
+    module: nn.Module
+    comm: Comm
+    deepspeed: DeepSpeedEngine
+
+    @contextmanager
+    def whole_model(self, wanted: bool | None = None) -> Iterator[bool]:
+        """For the block, hold the model unsharded on every rank if that fits, so that ranks run on their own.
+
+        Args:
+            wanted: True or False decides; None asks all ranks whether it fits on their device. **Collective.**
+
+        Yields:
+            whether it is held; if not, all ranks must go on running the same passes.
+        """
+        if wanted is None:
+            wanted = all(self.comm.gather_objects(fits_on_one_device(self.module)))
+        with resident(self.deepspeed) if wanted else nullcontext():
+            yield wanted
+
+    def train(self, mode: bool = True) -> Self:
+        """Put the model in train mode (dropout on). Like DeepSpeed, the engine never does it by itself."""
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Put the model in eval mode."""
+        return self.train(False)
