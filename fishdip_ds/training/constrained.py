@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 from fishdip_ds.tasks.base import Example, Task
 from fishdip_ds.tasks.grammar import Ids, Pieces, Walk
 
-
 _BEFORE = "a"
 
 
