@@ -3,13 +3,17 @@
 from fishdip_ds.errors import ConfigError, DataError, FishdipError
 
 __version__ = "0.1.0"
-__all__ = ["ConfigError", "DataError", "FishdipError", "initialize"]
+__all__ = ["ConfigError", "DataError", "FishdipError", "initialize", "load_delta"]
 
 
 def __getattr__(name: str):
-    """``initialize`` is loaded on first use, so that readers and scorers work without importing torch."""
+    """What needs torch is loaded on first use, so that readers and scorers work without importing it."""
     if name == "initialize":
         from fishdip_ds.api import initialize
 
         return initialize
+    if name == "load_delta":
+        from fishdip_ds.checkpoint.delta import load_delta
+
+        return load_delta
     raise AttributeError(f"module 'fishdip_ds' has no attribute {name!r}")

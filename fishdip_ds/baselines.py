@@ -50,7 +50,7 @@ class StockEngine(ModelVerbs):
         self.last: StepStats | None = None
         self.global_steps = self.global_samples = self.micro_steps = 0
         self._filler = False
-        self._loss_sum = torch.zeros(1, device=self.deepspeed.device)
+        self._loss_sum = torch.zeros(2, device=self.deepspeed.device)
         self._last_step_at = time.perf_counter()
 
     def __call__(self, **batch: torch.Tensor):
@@ -64,7 +64,7 @@ class StockEngine(ModelVerbs):
     def backward(self, loss: torch.Tensor) -> None:
         """DeepSpeed's backward; a filler batch counts as zero. **Collective.**"""
         loss = loss * 0.0 if self._filler else loss
-        self._loss_sum += loss.detach().float()
+        self._loss_sum[0] += loss.detach().float()
         self.deepspeed.backward(loss)
         self.micro_steps += 1
 
@@ -74,7 +74,9 @@ class StockEngine(ModelVerbs):
         self.deepspeed.step()
         if self.micro_steps % self.run.accumulation:
             return
-        loss = float(self.comm.all_reduce(self._loss_sum, tag="checks")) / (self.run.accumulation * self.comm.world)
+        self._loss_sum[1] = float(self.stop_requested)
+        loss, stop = self.comm.all_reduce(self._loss_sum, tag="checks").tolist()
+        loss, self.stopping = loss / (self.run.accumulation * self.comm.world), bool(stop)
         self._loss_sum.zero_()
         if loss != loss:
             raise FishdipError(f"the loss is NaN at optimizer step {self.global_steps + 1}; lower the learning rate.")

@@ -139,11 +139,13 @@ class Engine(ModelVerbs):
         if self.micro_steps == 0 or self.micro_steps % self.run.accumulation:
             return
         accumulated = self._accumulator
+        if self.stop_requested:
+            accumulated.ask_to_stop()
         self.comm.all_reduce(accumulated.buffer, tag="gradients")
         gradient = accumulated.gradient
         norm = torch.linalg.vector_norm(gradient)
         # The one host-device synchronisation of a step: the loss, the norm and which tensors were used.
-        weight, loss, norm, *used = torch.cat([accumulated.totals, norm.view(1), accumulated.used]).tolist()
+        weight, loss, stop, norm, *used = torch.cat([accumulated.totals, norm.view(1), accumulated.used]).tolist()
         if not weight:
             raise FishdipError(f"optimizer step {self.global_steps + 1} has no target token: every label is -100; "
                                "check the tokenised targets and their length limit.")
@@ -157,6 +159,7 @@ class Engine(ModelVerbs):
         self.optimizer.step(gradient, [bool(u) for u in used])
         self._write_back()
         accumulated.reset()
+        self.stopping = bool(stop)
         self.global_steps += 1
         self.global_samples += self.run.global_batch
         if self.lr_scheduler is not None:

@@ -11,3 +11,11 @@ class DataError(FishdipError):
 
 class ConfigError(FishdipError):
     """A setting is unknown, contradictory or cannot be honoured."""
+
+
+class Stopped(Exception):
+    """No error, and so no ``FishdipError``: a signal asked a run to stop, and it has saved. Raised on all ranks together."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped at step {step}")
+        self.step = step

@@ -22,6 +22,10 @@ class ModelVerbs:
     module: nn.Module
     comm: Comm
     deepspeed: DeepSpeedEngine
+    stop_requested = False
+    """Set it on any rank, at any moment (in a signal handler, say): all ranks learn of it with the coming step."""
+    stopping = False
+    """After a step: whether any rank was asked to stop; the same on every rank."""
 
     @contextmanager
     def whole_model(self, wanted: bool | None = None) -> Iterator[bool]:

@@ -32,13 +32,18 @@ def write_folder(folder: Path, tensors: dict[str, torch.Tensor], manifest: dict)
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         for name in (STATE, MANIFEST):
             _flush(aside / name)
-        if folder.exists():
-            shutil.rmtree(folder)
+        replaced = _replaced(folder)
+        if folder.exists():  # out of the way, not gone: a kill between the two renames must leave one to load
+            shutil.rmtree(replaced, ignore_errors=True)
+            folder.rename(replaced)
         aside.rename(folder)
+        _flush_folder(folder.parent)
         pointer = folder.parent / f".{LATEST}.partial"
         pointer.write_text(folder.name + "\n", encoding="utf-8")
         _flush(pointer)
         pointer.replace(folder.parent / LATEST)
+        _flush_folder(folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     except Exception as error:  # safetensors has an error class of its own for a full disk
         shutil.rmtree(aside, ignore_errors=True)
         raise FishdipError(f"could not save the checkpoint {folder}: {error}; free space or choose another folder. "
@@ -57,6 +62,8 @@ def read_folder(load_dir: Path, tag: str | None) -> tuple[Path, dict]:
             raise FishdipError(f"no checkpoint in {load_dir}: there is no file {LATEST!r}; give the folder that holds it.")
         tag = pointer.read_text(encoding="utf-8").strip()
     folder = load_dir / tag
+    if not folder.exists() and _replaced(folder).exists():
+        folder = _replaced(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -70,6 +77,24 @@ def read_folder(load_dir: Path, tag: str | None) -> tuple[Path, dict]:
             raise FishdipError(f"{path} is missing, truncated or altered (its hash differs from the manifest); "
                                f"{_others(load_dir, tag)}")
     return folder, manifest
+
+
+def prune(load_dir: Path, keep_last: int, keep: tuple[str, ...] = ()) -> None:
+    """Delete all but the last ``keep_last`` checkpoints of a folder, and those whose tag is in ``keep``. Local.
+
+    The one that ``latest`` names always stays.
+    """
+    found = sorted((p.parent for p in load_dir.glob(f"*/{MANIFEST}") if not p.parent.name.startswith(".")),
+                   key=lambda p: (p / MANIFEST).stat().st_mtime_ns)
+    latest = load_dir / LATEST
+    spared = {*keep, latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""}
+    for folder in found[: max(0, len(found) - keep_last)]:
+        if folder.name not in spared:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")
 
 
 def sha256(path: Path) -> str:
@@ -89,6 +114,15 @@ def _others(load_dir: Path, tag: str) -> str:
     others = sorted((p.parent.name for p in load_dir.glob(f"*/{MANIFEST}") if p.parent.name != tag
                      and not p.parent.name.startswith(".")), reverse=True)
     return f"earlier ones are {', '.join(others)}." if others else "there is no other checkpoint beside it."
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _flush(path: Path) -> None:

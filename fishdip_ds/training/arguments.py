@@ -39,9 +39,12 @@ def parse(argv: list[str] | None = None) -> Job:
     given = [name for name in ("fraction", "count", "shots") if getattr(args, name) is not None]
     if len(given) > 1:
         raise ConfigError(f"--{given[0]} and --{given[1]} both choose training examples; give one of them.")
-    for name in ("epochs", "max_steps", "max_input_length", "max_target_length", "eval_batch_size", "num_beams"):
+    for name in ("epochs", "max_steps", "max_input_length", "max_target_length", "eval_batch_size", "num_beams",
+                 "keep_last"):
         if getattr(args, name) < (0 if name in ("epochs", "max_steps") else 1):
             raise ConfigError(f"--{name} is {getattr(args, name)}; give at least 1.")
+    if args.keep_best and not args.eval_interval:
+        raise ConfigError("--keep_best needs dev scores during training; give --eval_interval.")
     ds = read_json(args.ds_config)
     if args.output is None:
         tasks = sorted(set(args.task))
@@ -126,7 +129,11 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--bf16", action="store_true", help="weights and activations in bfloat16")
     train.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     train.add_argument("--resume", nargs="?", const="", metavar="FOLDER",
-                       help="go on from the last checkpoint of FOLDER (default: of --output)")
+                       help="go on from the last checkpoint of FOLDER (default: of --output); auto: of --output if there is "
+                       "one, else start, so that one command line serves a queue that preempts")
+    train.add_argument("--keep_last", type=int, default=3, help="checkpoints to keep (default 3)")
+    train.add_argument("--keep_best", action="store_true", help="also keep the checkpoint with the best dev score; needs "
+                       "--eval_interval")
     train.add_argument("--save_interval", type=int, default=0, help="steps between checkpoints (default: only at the end)")
 
     look = parser.add_argument_group("evaluation and logs")

@@ -7,14 +7,19 @@ import atexit
 import copy
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+RESUMABLE = 75
+"""Exit code of a run that saved and left because a signal asked it to (EX_TEMPFAIL): start the same command again."""
+
 if TYPE_CHECKING:
     from fishdip_ds.distributed import Comm
+    from fishdip_ds.model_verbs import ModelVerbs
     from fishdip_ds.training.arguments import Job
 
 
@@ -32,10 +37,12 @@ def train(argv: list[str] | None = None) -> None:
 def main(command: Callable[..., None] = train, *args: object) -> None:
     """Run ``command(*args)`` and leave. Exit code 1 with one sentence on errors a user can act on."""
     _quiet()
-    from fishdip_ds.errors import FishdipError
+    from fishdip_ds.errors import FishdipError, Stopped
 
     try:
         command(*args)
+    except Stopped as stopped:
+        _end(f"stopped at step {stopped.step} as asked; go on with --resume auto", RESUMABLE)
     except FishdipError as error:
         _end(f"error: {error}")
     except KeyboardInterrupt:
@@ -55,12 +62,16 @@ def run(job: Job, comm: Comm) -> None:
 
     seeds, output = job.args.seeds, job.args.output
     if not seeds:
-        Trainer(job, comm).main()
+        trainer = Trainer(job, comm)
+        _stop_on_signals(trainer.engine)
+        trainer.main()
         return
     scores, headline = {}, {}
     for seed in seeds:
         args = argparse.Namespace(**{**vars(job.args), "subset_seed": seed, "output": output / f"seed-{seed}"})
-        result = Trainer(replace(job, args=args, ds=copy.deepcopy(job.ds)), comm).main()
+        trainer = Trainer(replace(job, args=args, ds=copy.deepcopy(job.ds)), comm)
+        _stop_on_signals(trainer.engine)
+        result = trainer.main()
         scores[seed], headline = result["after"], result["headline"]
     text, summary = seeds_table(scores, headline)
     if comm.rank == 0:
@@ -77,8 +88,17 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
 
 
-def _end(message: str) -> None:
+def _stop_on_signals(engine: ModelVerbs) -> None:
+    """SIGTERM and SIGINT finish the current step, save, and leave. Launchers repeat them, so repeats mean nothing."""
+    def ask(number: int, frame: object) -> None:
+        engine.stop_requested = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ask)
+
+
+def _end(message: str, code: int = 1) -> None:
     """Say why and leave at once: other ranks may wait in a collective, and the launcher ends them when one leaves."""
     rank = os.environ.get("RANK", "0")
     print(message if rank == "0" else f"rank {rank}: {message}", file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(code)

@@ -9,10 +9,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 import fishdip_ds
+from fishdip_ds.checkpoint.files import prune
 from fishdip_ds.data.text2text import Collator
 from fishdip_ds.distributed import Comm
 from fishdip_ds.ds_config import resolve
-from fishdip_ds.errors import ConfigError
+from fishdip_ds.errors import ConfigError, FishdipError, Stopped
 from fishdip_ds.selector import SelectionReport
 from fishdip_ds.training.arguments import Job, decoding, fills
 from fishdip_ds.training.corpus import SPLITS, Corpus, Mixture, load_corpora, write_splits
@@ -48,6 +49,8 @@ class Trainer:
             model, self.run.ds, self.train_data, self.collator, lr_scheduler=self._scheduler())
         self.engine.on_refresh = self._tell_refresh
         self.results: dict[str, dict[str, dict[str, float]]] = {"before": {}, "after": {}}
+        self.best: dict[str, float | str] = {}
+        """Best mean dev score so far and the tag of its checkpoint."""
         for c in self.corpora:
             self.say(f"{c.name}: {c.splits.source}, {len(c.splits.train)} of {c.full_train} training examples, "
                      f"{len(c.data['dev'])} dev, {len(c.data['test'])} test, {c.splits.schema.size()} labels")
@@ -63,9 +66,10 @@ class Trainer:
             self._write_tasks(self.output)
         self._write("config.json", {"deepspeed": self.run.ds, "flags": {
             k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}})
-        if self.args.resume is not None:
-            folder, state = self.engine.load_checkpoint(Path(self.args.resume or self.output) / "checkpoints")
-            self.results["before"] = state.get("before", {})
+        start = self._checkpoint_to_resume()
+        if start is not None:
+            folder, state = self.engine.load_checkpoint(start)
+            self.results["before"], self.best = state.get("before", {}), state.get("best", {})
             self.say(f"resumed {folder} at step {self.engine.global_steps}")
             if self.engine.global_steps >= self.max_steps:
                 self.say(f"step {self.engine.global_steps} of {self.max_steps} is done already; "
@@ -74,19 +78,29 @@ class Trainer:
             self._score_all("before", SPLITS)
         self._loop()
         self._score_all("after", SPLITS)
+        summary = {**self.results, "steps": self.engine.global_steps, "strategy": self.run.fishdip.strategy,
+                   "density": self.run.fishdip.density, "headline": {
+                       self._key(c, split): c.task.headline for c in self.corpora for split in SPLITS}}
+        self._write("results.json", summary)  # first: a full disk below must not lose the scores
+        self.say(score_table(self.results, {self._key(c, s): c.task.table for c in self.corpora for s in SPLITS}))
         checkpoint = self._save()
         if self.args.export:
             self.engine.save_pretrained(self.output / "model")
             if self.comm.rank == 0:
                 self.tokenizer.save_pretrained(self.output / "model")
                 self._write_tasks(self.output / "model")
-        summary = {**self.results, "steps": self.engine.global_steps, "strategy": self.run.fishdip.strategy,
-                   "density": self.run.fishdip.density, "headline": {
-                       self._key(c, split): c.task.headline for c in self.corpora for split in SPLITS}}
-        self._write("results.json", summary)
-        self.say(score_table(self.results, {self._key(c, s): c.task.table for c in self.corpora for s in SPLITS}))
         self.say(next_steps(self.args, checkpoint, self.max_steps))
         return summary
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        """Folder of checkpoints to go on from; None starts from the base model. **Collective.**"""
+        if self.args.resume is None:
+            return None
+        if self.args.resume != "auto":
+            return Path(self.args.resume or self.output) / "checkpoints"
+        folder = self.output / "checkpoints"
+        there = self.comm.gather_objects((folder / "latest").is_file())[0]  # as rank 0 sees it: all ranks must agree
+        return folder if there else None
 
     def _loop(self) -> None:
         engine = self.engine.train()
@@ -99,6 +113,8 @@ class Trainer:
                 if engine.micro_steps % self.run.accumulation:
                     continue
                 self._after_step()
+                if engine.stopping:
+                    self._leave()
                 if engine.global_steps >= self.max_steps:
                     break
         self.bar.close()
@@ -116,8 +132,12 @@ class Trainer:
             self.say(f"step {step}: " + ", ".join(
                 f"{self._key(c, 'dev')} {c.task.headline} {100 * scores[self._key(c, 'dev')][c.task.headline]:.2f} %"
                 for c in self.corpora))
+            score = sum(scores[self._key(c, "dev")][c.task.headline] for c in self.corpora) / len(self.corpora)
+            if self.args.keep_best and score > self.best.get("score", -1.0):
+                self.best = {"score": score, "tag": f"step-{step:06d}"}
+                self._save_or_warn()
         if self.args.save_interval and step % self.args.save_interval == 0 and not done:
-            self._save()
+            self._save_or_warn()
 
     def _key(self, corpus: Corpus, split: str) -> str:
         """Name of a score: the split, and the data set too where the run has several."""
@@ -149,10 +169,25 @@ class Trainer:
                     max_input_length=self.args.max_input_length, max_target_length=self.args.max_target_length)
 
     def _save(self) -> Path:
-        folder = self.engine.save_checkpoint(self.output / "checkpoints",
-                                             client_state={"before": self.results["before"]})
+        folder = self.engine.save_checkpoint(self.output / "checkpoints", client_state={
+            "before": self.results["before"], "best": self.best})
+        if self.comm.rank == 0:
+            prune(self.output / "checkpoints", self.args.keep_last, tuple(filter(None, [self.best.get("tag")])))
         self.say(f"saved {folder}")
         return folder
+
+    def _save_or_warn(self) -> None:
+        """A checkpoint on the way: if it cannot be written, training goes on and the earlier ones are untouched."""
+        try:
+            self._save()
+        except FishdipError as error:  # raised on all ranks together
+            self.say(f"warning: {error}")
+
+    def _leave(self) -> None:
+        """Save and end, as a signal asked; the same command with ``--resume auto`` goes on from here."""
+        self.say(f"asked to stop: saving at step {self.engine.global_steps}")
+        self._save()
+        raise Stopped(self.engine.global_steps)
 
     # ---- building --------------------------------------------------------------------------------------
 

@@ -57,12 +57,12 @@ class MaskedAccumulator:
     """Sum of weighted gradients at the masked entries over the micro-batches of one optimizer step.
 
     One flat fp32 buffer holds the k-vector and behind it what else the step must sum over ranks, so that
-    a step needs a single all-reduce: [k gradient sums | weight | weight x loss | used flag per tensor].
+    a step needs a single all-reduce: [k gradient sums | weight | weight x loss | stop | used flag per tensor].
     """
 
     def __init__(self, layout: ShardLayout, mask: Mask, device: torch.device) -> None:
         self._k = mask.count
-        self.buffer = torch.zeros(self._k + 2 + len(layout.tensors), dtype=torch.float32, device=device)
+        self.buffer = torch.zeros(self._k + 3 + len(layout.tensors), dtype=torch.float32, device=device)
         self._views = {
             index: (indices, self.buffer[lo:hi])
             for index, (indices, (lo, hi)) in enumerate(zip(mask.by_tensor, mask.segments, strict=True)) if hi > lo}
@@ -78,7 +78,7 @@ class MaskedAccumulator:
     def __call__(self, tensor: TensorShard, grad: torch.Tensor) -> None:
         if not self._weight:  # a filler batch only keeps the ranks in step; its gradient may be anything
             return
-        self.buffer[self._k + 2 + tensor.index] = 1.0
+        self.buffer[self._k + 3 + tensor.index] = 1.0
         view = self._views.get(tensor.index)
         if view is not None:
             indices, sums = view
@@ -91,13 +91,17 @@ class MaskedAccumulator:
 
     @property
     def totals(self) -> torch.Tensor:
-        """fp32 [2]: summed weight, summed weight x loss."""
-        return self.buffer[self._k : self._k + 2]
+        """fp32 [3]: summed weight, summed weight x loss, ranks that were asked to stop."""
+        return self.buffer[self._k : self._k + 3]
+
+    def ask_to_stop(self) -> None:
+        """Tell all ranks with the coming all-reduce that this one was asked to stop."""
+        self.buffer[self._k + 2] = 1.0
 
     @property
     def used(self) -> torch.Tensor:
         """fp32 [tensors]: how many ranks saw a gradient of each tensor in this step (after the all-reduce)."""
-        return self.buffer[self._k + 2 :]
+        return self.buffer[self._k + 3 :]
 
     def reset(self) -> None:
         """Start the next optimizer step."""

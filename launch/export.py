@@ -1,0 +1,9 @@
+"""Write a run's result as a sparse delta or merged into its base: ``python launch/export.py --help``."""
+
+import sys
+
+from fishdip_ds.training.export import main as export
+from fishdip_ds.training.main import main
+
+if __name__ == "__main__":
+    main(export, sys.argv[1:])
