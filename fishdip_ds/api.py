@@ -59,7 +59,7 @@ def initialize(model: nn.Module, config: str | Path | dict, training_data: Seque
         engine.loader = StepLoader(training_data, collate_fn, micro_batch=run.micro_batch,
                                    accumulation=run.accumulation, rank=comm.rank, world=comm.world,
                                    seed=run.fishdip.seed)
-    engine.lr_scheduler = build_scheduler(engine.optimizer, run, lr_scheduler)
+    engine.start_schedule(lambda: build_scheduler(engine.optimizer, run, lr_scheduler))
     return engine, engine.optimizer, engine.loader, engine.lr_scheduler
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -92,6 +93,10 @@ class StockEngine(ModelVerbs):
             "Train/Samples/train_loss": loss, "Train/Samples/lr": lr, "Train/Samples/grad_norm": self.last.grad_norm,
             "Train/Samples/samples_per_s": self.last.samples_per_s, "Train/Memory/peak_gib": peak_memory_gib()},
             self.global_samples)
+
+    def start_schedule(self, build: Callable[[], object]) -> None:
+        """Begin the learning-rate schedule that ``build`` makes. Local."""
+        self.lr_scheduler = build()
 
     def save_checkpoint(self, save_dir: str | Path, tag: str | None = None, client_state: dict | None = None) -> Path:
         """DeepSpeed's checkpoint, tied to this number of ranks. **Collective.**"""

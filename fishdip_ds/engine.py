@@ -21,6 +21,7 @@ from fishdip_ds.optim.adafactor import Adafactor
 from fishdip_ds.optim.compact import CompactOptimizer, OwnedEntries
 from fishdip_ds.selection.losses import shifts_labels, target_count
 from fishdip_ds.selection.mask import Mask, union_sorted
+from fishdip_ds.selection.rng import random_state, set_random_state
 from fishdip_ds.selector import LossFn, SelectionReport, Selector
 from fishdip_ds.strategies import STRATEGIES
 from fishdip_ds.zero3.gradients import GradientTap, MaskedAccumulator
@@ -78,6 +79,10 @@ class Engine(ModelVerbs):
         self.ever: list[torch.Tensor] = [
             torch.zeros(0, dtype=torch.int64, device=self.layout.device()) for _ in self.layout.tensors]
         """Per tensor: sorted positions in the owned shard that were ever trained: int64, local."""
+        self.base: list[torch.Tensor] = [t.owned().new_zeros(0) for t in self.layout.tensors]
+        """Per tensor: the base model's values at ``ever``, in the weight's dtype: what ``rewind`` puts back."""
+        self._random_start = random_state()
+        self._new_schedule: Callable[[], object] = lambda: None
         if isinstance(optimizer, Adafactor):
             optimizer.shapes = tuple(t.shape for t in self.layout.tensors)
             optimizer.rms_of_weights = self._rms_of_weights
@@ -227,6 +232,44 @@ class Engine(ModelVerbs):
         count = torch.tensor([sum(e.numel() for e in self.ever)], dtype=torch.int64, device=self.layout.device())
         return int(self.comm.all_reduce(count, tag="checks")) / self.layout.eligible_numel
 
+    @torch.no_grad()
+    def rewind_weights(self) -> None:
+        """Put every weight back to the base model's value, bitwise, and drop the optimizer state. **Collective.**"""
+        for t, at, values in zip(self.layout.tensors, self.ever, self.base, strict=True):
+            if at.numel():
+                shard = t.owned()
+                shard.index_copy_(0, at.to(shard.device), values)
+        self.layout.publish(self.layout.tensors)
+        self.ever = [at[:0] for at in self.ever]
+        self.base = [values[:0] for values in self.base]
+        self.optimizer.forget()
+
+    def rewind(self) -> None:
+        """Be as new: base weights bitwise, no mask, no moments, step 0, schedule, data order and random streams from
+        their start. The next step chooses a mask. **Collective.**
+        """
+        self.rewind_weights()
+        self._mask = self._entries = self._accumulator = self._weight = None
+        self._mask_step = self.global_steps = self.global_samples = self.micro_steps = 0
+        self.start_schedule(self._new_schedule)
+        if self.loader is not None:
+            self.loader.load_state_dict({"epoch": 0, "step_in_epoch": 0})
+        set_random_state(self._random_start)
+
+    def start_schedule(self, build: Callable[[], object]) -> None:
+        """Begin the learning-rate schedule that ``build`` makes, now and after each ``rewind``. Local."""
+        self._new_schedule = build
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.optimizer.defaults["lr"]
+            group.pop("initial_lr", None)
+        self.lr_scheduler = build()
+
+    def use_data(self, dataset: Sequence) -> None:
+        """Train and select on ``dataset`` from now on (any size, the same on every rank); its order starts anew. Local."""
+        self.selector.use_data(dataset)
+        if self.loader is not None:
+            self.loader.use_data(dataset)
+
     def set_mask(self, mask: Mask) -> None:
         """Train exactly the entries of ``mask`` from the coming step on (the same object on all ranks). Local."""
         self._adopt(mask, self.global_steps + 1)
@@ -238,7 +281,21 @@ class Engine(ModelVerbs):
             t.owned().index_select(0, at.to(t.owned().device))
             for t, at in zip(self.layout.tensors, entries.local, strict=True)])
         self._use(mask, entries, step)
-        self.ever = [union_sorted(was, now) for was, now in zip(self.ever, entries.local, strict=True)]
+        self._remember(entries.local)
+
+    @torch.no_grad()
+    def _remember(self, local: Sequence[torch.Tensor]) -> None:
+        """Count positions (per tensor, owned, sorted) as ever trained and keep what the base has there. Local.
+
+        Must run before anything writes to positions that are new.
+        """
+        for i, (t, was, now) in enumerate(zip(self.layout.tensors, self.ever, local, strict=True)):
+            every = union_sorted(was, now)
+            if every.numel() == was.numel():
+                continue
+            values = t.owned().index_select(0, every.to(t.owned().device))
+            values[torch.searchsorted(every, was).to(values.device)] = self.base[i]
+            self.ever[i], self.base[i] = every, values
 
     def _use(self, mask: Mask, entries: OwnedEntries, step: int) -> None:
         self._mask, self._entries, self._mask_step = mask, entries, step

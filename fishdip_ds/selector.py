@@ -64,6 +64,10 @@ class Selector:
         self._said: set[str] = set()
         self.report = SelectionReport(0)
 
+    def use_data(self, dataset: Sequence) -> None:
+        """Score the samples of ``dataset`` from now on. Local."""
+        self._dataset, self._order = dataset, None
+
     @property
     def n_samples(self) -> int:
         """Training samples, E."""

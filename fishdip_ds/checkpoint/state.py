@@ -16,6 +16,7 @@ from fishdip_ds.checkpoint.files import STATE, read_folder, write_folder
 from fishdip_ds.errors import FishdipError
 from fishdip_ds.optim.compact import OwnedEntries
 from fishdip_ds.selection.mask import Mask
+from fishdip_ds.selection.rng import random_state, set_random_state
 
 if TYPE_CHECKING:
     from fishdip_ds.engine import Engine
@@ -28,7 +29,7 @@ def save(engine: Engine, save_dir: Path, tag: str | None, client_state: dict) ->
         raise FishdipError("a checkpoint can only be taken between optimizer steps; finish the accumulation first.")
     folder = save_dir / (tag or f"step-{engine.global_steps:06d}")
     tensors = _gather(engine)
-    for rank, state in enumerate(comm.gather_objects(_random_state())):
+    for rank, state in enumerate(comm.gather_objects(random_state())):
         tensors.update({f"rng/{kind}/{rank}": value for kind, value in state.items()})
     tensors.update({f"optimizer/{k}": v.cpu().clone() for k, v in engine.optimizer.dense_state().items()})
     manifest = {
@@ -129,15 +130,16 @@ def _restore(engine: Engine, file, manifest: dict) -> None:
         parts = [get(f"{name}/{t.name}", dtype)[lo - base : hi - base].to(device) for t, (lo, hi), (base, _)
                  in zip(layout.tensors, entries.pieces, mask.segments, strict=True)]
         vectors[name] = torch.cat(parts)
+    engine.rewind_weights()  # an engine that has trained goes back to the base first
     engine.optimizer.bind(entries, vectors)
     engine.optimizer.load_dense_state(
         {k.removeprefix("optimizer/"): file.get_tensor(k) for k in keys if k.startswith("optimizer/")})
-    for t in layout.tensors:
-        ever = get(f"ever/{t.name}", torch.int32).long()
-        inside = (ever >= t.start) & (ever < t.stop)
-        engine.ever[t.index] = (ever[inside] - t.start).to(device)
+    ever = [get(f"ever/{t.name}", torch.int32).long() for t in layout.tensors]
+    inside = [(at >= t.start) & (at < t.stop) for t, at in zip(layout.tensors, ever, strict=True)]
+    engine._remember([(at[here] - t.start).to(device) for t, at, here in zip(layout.tensors, ever, inside, strict=True)])
+    for t, here in zip(layout.tensors, inside, strict=True):
         shard = t.owned()
-        shard[(ever[inside] - t.start).to(shard.device)] = get(f"value/{t.name}", t.dtype)[inside].to(shard)
+        shard[engine.ever[t.index].to(shard.device)] = get(f"value/{t.name}", t.dtype)[here].to(shard)
     layout.publish(layout.tensors)
     engine._use(mask, entries, manifest["mask_step"])
     engine.global_steps, engine.global_samples = manifest["global_steps"], manifest["global_samples"]
@@ -149,21 +151,8 @@ def _restore(engine: Engine, file, manifest: dict) -> None:
     if engine.loader is not None and manifest["loader"] is not None:
         engine.loader.load_state_dict(manifest["loader"])
     if manifest["world"] == engine.comm.world:  # random streams are per rank; another world starts its own
-        _set_random_state({k.split("/")[1]: file.get_tensor(k) for k in keys
+        set_random_state({k.split("/")[1]: file.get_tensor(k) for k in keys
                            if k.startswith("rng/") and k.endswith(f"/{engine.comm.rank}")})
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _scheduler_state(scheduler) -> dict | None:

@@ -28,12 +28,17 @@ class StepLoader:
 
     def __init__(self, dataset: Sequence, collate_fn: Collate, *, micro_batch: int, accumulation: int, rank: int,
                  world: int, seed: int) -> None:
-        if len(dataset) == 0:
-            raise DataError("the training set is empty; give at least one example.")
-        self.dataset, self.collate_fn = dataset, collate_fn
+        self.collate_fn = collate_fn
         self.micro_batch, self.accumulation = micro_batch, accumulation
         self.rank, self.world, self.seed = rank, world, seed
         self.global_batch = micro_batch * accumulation * world
+        self.use_data(dataset)
+
+    def use_data(self, dataset: Sequence) -> None:
+        """Serve ``dataset`` from its first epoch on. Local; to be the same on every rank."""
+        if len(dataset) == 0:
+            raise DataError("the training set is empty; give at least one example.")
+        self.dataset = dataset
         self.epoch = 0
         """Epoch that the next (or current) iteration serves, from 0."""
         self.step_in_epoch = 0

@@ -83,6 +83,11 @@ class Adafactor(CompactOptimizer):
         self.steps = int(state["steps"])
         self.stats = {k: v.to(self.master.device) for k, v in state.items() if k != "steps"}
 
+    def forget(self) -> None:
+        """See ``CompactOptimizer.forget``."""
+        super().forget()
+        self.steps, self.stats = 0, {}
+
     def _stat(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         """A tensor that was never masked has only ever been fed zeros, which leaves every mean at eps."""
         if name not in self.stats:

@@ -54,6 +54,11 @@ class AdamW(CompactOptimizer):
         """Restore the age bound."""
         self.oldest = int(state["oldest"])
 
+    def forget(self) -> None:
+        """See ``CompactOptimizer.forget``."""
+        super().forget()
+        self.oldest = 0
+
     @torch.no_grad()
     def step(self, k_vector: torch.Tensor, used: list[bool]) -> None:
         """See ``CompactOptimizer.step``. Local: no communication."""

@@ -80,6 +80,12 @@ class CompactOptimizer(torch.optim.Optimizer):
         self.param_groups[0]["params"][0].data = vectors["master"]
         self.entry_state = {name: vectors[name] for name, _ in self.ENTRY_STATE}
 
+    def forget(self) -> None:
+        """Drop all state, as before the first mask. Subclasses with state of their own drop that too. Local."""
+        self.entries = None
+        self.entry_state = {}
+        self.param_groups[0]["params"][0].data = self.master[:0].clone()
+
     @torch.no_grad()
     def move_to(self, entries: OwnedEntries, weights: list[torch.Tensor]) -> None:
         """Move to a new mask: entries that stay keep all they have, entrants start fresh. Local.

@@ -30,6 +30,21 @@ def own_stream(seed: int):
         yield
 
 
+def random_state() -> dict[str, torch.Tensor]:
+    """State of torch's generators on this rank: uint8, by device kind."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor]) -> None:
+    """Put back what ``random_state`` gave."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
 def uniform_at(seed: int, start: int, stop: int, device: torch.device) -> torch.Tensor:
     """Uniform numbers in [0, 1) for global positions ``start..stop``: fp32 [stop - start].
 
