@@ -15,7 +15,10 @@ from fishdip_ds.errors import ConfigError
 from fishdip_ds.optim.adafactor import Adafactor
 from fishdip_ds.optim.adamw import AdamW
 from fishdip_ds.optim.compact import CompactOptimizer
+from fishdip_ds.optim.dense import DenseAdamW
+from fishdip_ds.optim.mixup import TrialAdamW, TrialDenseAdamW
 from fishdip_ds.selector import LossFn
+from fishdip_ds.strategies.registry import STOCK, strategy_class
 
 SchedulerFactory = Callable[[torch.optim.Optimizer], object]
 
@@ -33,7 +36,8 @@ def initialize(model: nn.Module, config: str | Path | dict, training_data: Seque
         collate_fn: list of items -> dict of tensors, on the cpu.
         loss_fn: ``(model, batch) -> losses [batch]``, in place of ``.loss``.
         lr_scheduler: ``optimizer -> scheduler``, in place of the JSON's ``"scheduler"``.
-        total_steps: optimizer steps of the run, for a scheduler whose ``total_num_steps`` is ``"auto"``.
+        total_steps: optimizer steps of the run, for a scheduler whose ``total_num_steps`` is ``"auto"`` and for methods
+            that divide the run into parts.
 
     Returns:
         (engine, optimizer, loader, scheduler); loader and scheduler are None if nothing asks for them.
@@ -46,31 +50,50 @@ def initialize(model: nn.Module, config: str | Path | dict, training_data: Seque
     run = resolve(config, comm.world, _scheduler_fill(total_steps))
     if collate_fn is None and training_data is not None:
         raise ConfigError("training_data needs a collate_fn that turns a list of its items into a dict of tensors.")
-    if run.fishdip.strategy in ("full", "lora"):
+    if run.fishdip.strategy in STOCK:
         from fishdip_ds.baselines import StockEngine
 
         engine = StockEngine(model, run, comm, loss_fn=loss_fn)
     else:
-        from fishdip_ds.engine import Engine
-
-        engine = Engine(model, run, comm, build_optimizer(run.ds["optimizer"]), training_data=training_data,
-                        collate_fn=collate_fn, loss_fn=loss_fn)
+        factory, optimizer = _engine_of(run)
+        engine = factory(model, run, comm, optimizer, training_data=training_data, collate_fn=collate_fn, loss_fn=loss_fn,
+                         total_steps=total_steps)
     if training_data is not None:
         engine.loader = StepLoader(training_data, collate_fn, micro_batch=run.micro_batch,
                                    accumulation=run.accumulation, rank=comm.rank, world=comm.world,
                                    seed=run.fishdip.seed)
+        if run.fishdip.strategy not in STOCK:
+            engine.loader.epoch_ids = lambda epoch, n: engine.strategy.epoch_ids(epoch, n)
     engine.start_schedule(lambda: build_scheduler(engine.optimizer, run, lr_scheduler))
     return engine, engine.optimizer, engine.loader, engine.lr_scheduler
 
 
+def _engine_of(run: RunConfig) -> tuple[type, CompactOptimizer]:
+    """The class of engine that the strategy needs, and its optimizer."""
+    from fishdip_ds.bilevel import BilevelDenseEngine, BilevelEngine
+    from fishdip_ds.dense_engine import DenseEngine
+    from fishdip_ds.engine import Engine
+
+    strategy, section = strategy_class(run.fishdip.strategy), run.ds["optimizer"]
+    elementwise = strategy.dense or strategy.bilevel
+    if elementwise and section["type"] == "Adafactor":
+        raise ConfigError(f'strategy "{run.fishdip.strategy}" needs an elementwise optimizer, which Adafactor\'s row and '
+                          'column means are not; set "optimizer.type" to AdamW.')
+    options = _options(section)
+    if strategy.bilevel:
+        return (BilevelDenseEngine, TrialDenseAdamW(**options)) if strategy.dense else (BilevelEngine, TrialAdamW(**options))
+    return (DenseEngine, DenseAdamW(**options)) if strategy.dense else (Engine, build_optimizer(section))
+
+
 def build_optimizer(section: dict) -> CompactOptimizer:
     """The compact optimizer that a resolved ``"optimizer"`` section names."""
-    params = dict(section["params"])
-    for key in ("adam_w_mode", "torch_adam", "scale_parameter", "relative_step", "warmup_init", "beta1"):
-        params.pop(key, None)
-    if section["type"] == "Adafactor":
-        return Adafactor(**params)
-    return AdamW(**params)
+    return (Adafactor if section["type"] == "Adafactor" else AdamW)(**_options(section))
+
+
+def _options(section: dict) -> dict:
+    """What the optimizer's constructor takes; the rest are fixed values that ``resolve`` has checked."""
+    fixed = ("adam_w_mode", "torch_adam", "scale_parameter", "relative_step", "warmup_init", "beta1")
+    return {key: value for key, value in section["params"].items() if key not in fixed}
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, run: RunConfig, factory: SchedulerFactory | None):

@@ -7,8 +7,15 @@ import difflib
 from dataclasses import dataclass
 
 from fishdip_ds.errors import ConfigError
+from fishdip_ds.strategies import registry
 
-STRATEGIES = ("fish_dip", "fish", "random", "full", "lora")
+STRATEGIES = (*registry.STRATEGIES, *registry.STOCK)
+SPECIFIC = frozenset({
+    "density", "scope", "always_on", "refresh_interval", "worst_samples", "fisher_samples", "sample_loss",
+    "select_mode_first", "select_mode_refresh", "worst_count_unit", "active_layers", "drop_rate", "layers", "fisher",
+    "decay_frozen", "update_ratio", "masked_update", "search_share", "mixup_folds", "mixup_final_share", "mixup_lr",
+    "mixup_radius", "mixup_form", "mixup_legacy", "lora_r", "lora_alpha"})
+"""Settings that belong to some methods only; each method lists its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,13 +23,18 @@ class FishdipConfig:
     """What to train and how to choose it. Counts of steps are optimizer steps, counted from 1."""
 
     strategy: str = "fish_dip"
-    """fish_dip, fish (static Fisher of random samples), random (static); full and lora are stock baselines."""
+    """The method: which weights are trained and how. full, lora and others beside them are stock baselines."""
     density: float = 0.01
-    """Share of the eligible weights that is trained at a time, in (0, 1]; k = floor(density x eligible)."""
+    """Share of the eligible weights that is trained at a time, in (0, 1]; k = floor(density x eligible). Of methods that
+    train every weight it is the share kept in a draw or a stage."""
+    scope: str = "model"
+    """model ranks all weights against all; tensor takes the share density of each tensor."""
+    always_on: tuple[str, ...] = ("classifier.*", "score.*", "pre_classifier.*")
+    """Globs of parameters that are trained whole beside the chosen ones, outside the budget: heads that start at random."""
     refresh_interval: int = 100
     """A new mask before every step whose number is a multiple of this, and before step 1."""
     worst_samples: int | float = 25
-    """How many of the worst samples feed the Fisher scores: a number, or a fraction of the training set."""
+    """How many of the worst (or of random) samples feed the scores: a number, or a fraction of the training set."""
     fisher_samples: int = 1024
     """Strategy ``fish``: random samples of the one selection; capped at the training set."""
     sample_loss: str = "token_mean"
@@ -39,6 +51,35 @@ class FishdipConfig:
     """samples, or batches: the reference code's rule, a tenth of the number of batches within 3..25."""
     pad_as_target: bool = False
     """Reference quirk: pad every target to the limit and count pads as labels (task data only)."""
+    active_layers: int = 2
+    """Strategy ``lisa``: layers that train at a time."""
+    drop_rate: float = 0.2
+    """Strategy ``spiel``: share of the mask that is replaced at a refresh, falling linearly to 0 over the run."""
+    layers: tuple[str, ...] = ("*layer*", "*block*", "*.h.*")
+    """Strategy ``child_tuning_d``: globs of the tensors that are ranked; others stay frozen unless always_on."""
+    fisher: str = "sample"
+    """Strategy ``child_tuning_d``: sample squares each example's gradient (the paper's formula), global the mean gradient
+    of batches of 16, clipped per tensor, with dropout (the published code)."""
+    decay_frozen: bool = False
+    """Strategy ``child_tuning_d``: let weight decay shrink the frozen ranked weights too, as the published code does."""
+    update_ratio: float = 0.05
+    """Strategies ``dps`` and ``dps_mix``: length of a stage as a share of the run."""
+    masked_update: str = "frozen"
+    """Strategies ``dps`` and ``dps_mix``: frozen, or momentum (published: momentum and decay move masked weights)."""
+    search_share: float = 0.5
+    """Strategy ``lt_sft``: share of the run that is spent on finding the weights that move."""
+    mixup_folds: int = 5
+    """Weight mixup: random 80/20 splits, each trained from the base; their mean is finetuned."""
+    mixup_final_share: float = 0.25
+    """Weight mixup: share of the run that finetunes the mean of the folds on all samples."""
+    mixup_lr: float = 2e-3
+    """Weight mixup: learning rate of the attention alpha (cosine, a tenth warm-up)."""
+    mixup_radius: float = 0.01
+    """Weight mixup: radius of the finite difference, as a share of the norm of the weights."""
+    mixup_form: str = "rank1"
+    """Strategy ``weight_mixup``: rank1 (published: ab W + (1-a)(1-b) W0) or convex (ab W + (1 - ab) W0)."""
+    mixup_legacy: bool = False
+    """Strategy ``weight_mixup``: repeat two faults of the library behind the published code (a displaced W, two steps)."""
     lora_r: int = 16
     """Strategy ``lora``: rank of the adapters on all linear layers."""
     lora_alpha: int = 32
@@ -49,13 +90,23 @@ class FishdipConfig:
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, STRATEGIES)
         _one_of("sample_loss", self.sample_loss, ("token_mean", "sum", "padded_mean"))
-        _one_of("worst_count_unit", self.worst_count_unit, ("samples", "batches"))
+        for name, allowed in (("worst_count_unit", ("samples", "batches")), ("scope", ("model", "tensor")),
+                              ("fisher", ("sample", "global")), ("masked_update", ("frozen", "momentum")),
+                              ("mixup_form", ("rank1", "convex"))):
+            _one_of(name, getattr(self, name), allowed)
         for name in ("select_mode_first", "select_mode_refresh"):
             _one_of(name, getattr(self, name), ("eval", "train"))
         if not 0 < self.density <= 1:
             raise ConfigError(f'"fishdip.density" is {self.density}, but a share must lie in (0, 1]; '
                               "1 percent is 0.01.")
-        for name in ("refresh_interval", "fisher_samples", "scan_batch_size", "lora_r", "lora_alpha"):
+        for name in ("drop_rate", "update_ratio", "search_share", "mixup_final_share"):
+            if not 0 < getattr(self, name) < 1:
+                raise ConfigError(f'"fishdip.{name}" is {getattr(self, name)}; give a share between 0 and 1.')
+        for name in ("mixup_lr", "mixup_radius"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f'"fishdip.{name}" is {getattr(self, name)}; it must be above 0.')
+        for name in ("refresh_interval", "fisher_samples", "scan_batch_size", "active_layers", "mixup_folds", "lora_r",
+                     "lora_alpha"):
             if getattr(self, name) < 1:
                 raise ConfigError(f'"fishdip.{name}" is {getattr(self, name)}; it must be at least 1.')
         if self.worst_samples <= 0 or (isinstance(self.worst_samples, float) and self.worst_samples > 1):
@@ -64,22 +115,33 @@ class FishdipConfig:
 
     @classmethod
     def from_dict(cls, section: dict) -> FishdipConfig:
-        """Read a JSON section; ``"auto"`` takes the default. Unknown names and wrong types are refused."""
+        """Read a JSON section; ``"auto"`` takes the method's default. Unknown names, wrong types and settings of another
+        method are refused.
+        """
         fields = {f.name: f for f in dataclasses.fields(cls)}
-        values = {}
-        for key, value in section.items():
+        for key in section:
             if key not in fields:
                 raise ConfigError(f'unknown setting "fishdip.{key}"{nearest(key, fields)}')
+        strategy = section.get("strategy", cls.strategy)
+        _one_of("strategy", strategy, STRATEGIES)
+        own = registry.settings_of(strategy)
+        values = {} if strategy in registry.STOCK else dict(registry.strategy_class(strategy).defaults)
+        for key, value in section.items():
             if value == "auto":
                 continue
-            if key == "eligible":
+            if key in SPECIFIC and key not in own:
+                known = f"; its settings are {', '.join(sorted(own))}" if own else ""
+                raise ConfigError(f'"fishdip.{key}" means nothing to strategy "{strategy}": remove it{known}.')
+            if cls.__annotations__[key].startswith("tuple"):
                 value = (value,) if isinstance(value, str) else tuple(value)
             values[key] = _typed(key, value, cls.__annotations__[key])
         return cls(**values)
 
     def to_dict(self) -> dict:
-        """JSON form of every setting."""
-        return {**dataclasses.asdict(self), "eligible": list(self.eligible)}
+        """JSON form of every setting that means something to the method."""
+        other = SPECIFIC - registry.settings_of(self.strategy)
+        return {key: list(value) if isinstance(value, tuple) else value
+                for key, value in dataclasses.asdict(self).items() if key not in other}
 
 
 def nearest(word: str, known) -> str:

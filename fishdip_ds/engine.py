@@ -22,8 +22,9 @@ from fishdip_ds.optim.compact import CompactOptimizer, OwnedEntries
 from fishdip_ds.selection.losses import shifts_labels, target_count
 from fishdip_ds.selection.mask import Mask, union_sorted
 from fishdip_ds.selection.rng import random_state, set_random_state
-from fishdip_ds.selector import LossFn, SelectionReport, Selector
-from fishdip_ds.strategies import STRATEGIES
+from fishdip_ds.selector import LossFn, SelectionReport
+from fishdip_ds.strategies.registry import strategy_class
+from fishdip_ds.verbs import Verbs
 from fishdip_ds.zero3.gradients import GradientTap, MaskedAccumulator
 from fishdip_ds.zero3.partition import backward, partition
 from fishdip_ds.zero3.shards import ShardLayout
@@ -51,13 +52,13 @@ class Engine(ModelVerbs):
 
     def __init__(self, model: nn.Module, run: RunConfig, comm: Comm, optimizer: CompactOptimizer, *,
                  training_data: Sequence | None = None, collate_fn: Collate | None = None,
-                 loss_fn: LossFn | None = None) -> None:
+                 loss_fn: LossFn | None = None, total_steps: int | None = None) -> None:
         self.run, self.comm, self.optimizer = run, comm, optimizer
         self.deepspeed = partition(model, run.ds)
         self.module: nn.Module = self.deepspeed.module
         self.layout = ShardLayout(self.module, comm, run.fishdip.eligible)
         self.base_fingerprints = self.layout.fingerprints()
-        self.strategy = STRATEGIES[run.fishdip.strategy](run.fishdip)
+        self.strategy = strategy_class(run.fishdip.strategy)(run.fishdip, total_steps, run.global_batch)
         self.monitor = Monitor(self.deepspeed.monitor)
         self.lr_scheduler = None
         self.loader: StepLoader | None = None
@@ -89,10 +90,11 @@ class Engine(ModelVerbs):
         if self.strategy.needs_samples and (training_data is None or collate_fn is None):
             raise ConfigError(f'strategy "{run.fishdip.strategy}" scores training samples; pass training_data and '
                               "collate_fn to fishdip_ds.initialize.")
-        self.selector = Selector(
+        self.selector = Verbs(
             self.module, self.layout, self._tap, lambda loss: backward(self.deepspeed, loss), seed=run.fishdip.seed,
             scan_batch_size=run.fishdip.scan_batch_size, dataset=training_data, collate_fn=collate_fn,
             loss_fn=loss_fn, to_device=self.to_device, global_batch=run.global_batch)
+        self.selector.engine = self
 
     # ---- DeepSpeed's verbs ---------------------------------------------------------------------------
 
@@ -106,12 +108,10 @@ class Engine(ModelVerbs):
         nothing recorded. Otherwise, at the first micro-batch of a step that is due, a new mask is chosen first.
         """
         training = torch.is_grad_enabled()
-        step = self.global_steps + 1
-        if training and self.micro_steps % self.run.accumulation == 0 and self._mask_step != step \
-                and self.strategy.due(step):
-            self.refresh()
+        if training and self.micro_steps % self.run.accumulation == 0:
+            self._prepare(self.global_steps + 1)
         ids = batch.pop("sample_ids", None)
-        weight = self._batch_weight(batch)  # before the batch moves to the device, or counting would wait for it
+        weight = self.batch_weight(batch)  # before the batch moves to the device, or counting would wait for it
         batch = self.to_device(batch)
         if self._loss_fn is not None:
             losses = self._loss_fn(self.module, batch)
@@ -143,14 +143,13 @@ class Engine(ModelVerbs):
         """
         if self.micro_steps == 0 or self.micro_steps % self.run.accumulation:
             return
-        accumulated = self._accumulator
         if self.stop_requested:
-            accumulated.ask_to_stop()
-        self.comm.all_reduce(accumulated.buffer, tag="gradients")
-        gradient = accumulated.gradient
-        norm = torch.linalg.vector_norm(gradient)
-        # The one host-device synchronisation of a step: the loss, the norm and which tensors were used.
-        weight, loss, stop, norm, *used = torch.cat([accumulated.totals, norm.view(1), accumulated.used]).tolist()
+            self._accumulator.ask_to_stop()
+        self._conclude(self._reduce(), self._update)
+
+    def _conclude(self, totals: list[float], update: Callable[[float, float, list[bool]], None]) -> None:
+        """Check what ``_reduce`` gave, let ``update(scale, clip, used)`` change the weights, and count the step."""
+        weight, loss, stop, norm, *used = totals
         if not weight:
             raise FishdipError(f"optimizer step {self.global_steps + 1} has no target token: every label is -100; "
                                "check the tokenised targets and their length limit.")
@@ -159,11 +158,10 @@ class Engine(ModelVerbs):
             raise FishdipError(f"loss {loss} with gradient norm {norm} at optimizer step {self.global_steps + 1}; "
                                "lower the learning rate or set gradient_clipping. No weight was changed by this step.")
         clip = min(1.0, self.run.clip / (norm + 1e-6)) if self.run.clip else 1.0
-        gradient.mul_(clip / weight)
         lr = float(self.optimizer.param_groups[0]["lr"])
-        self.optimizer.step(gradient, [bool(u) for u in used])
-        self._write_back()
-        accumulated.reset()
+        update(1 / weight, clip, [bool(u) for u in used])
+        self._accumulator.reset()
+        self.strategy.after_step(self.selector, lr)
         self.stopping = bool(stop)
         self.global_steps += 1
         self.global_samples += self.run.global_batch
@@ -176,6 +174,25 @@ class Engine(ModelVerbs):
             "Train/Samples/train_loss": loss, "Train/Samples/lr": lr, "Train/Sparse/grad_norm": norm,
             "Train/Samples/samples_per_s": self.last.samples_per_s, "Train/Memory/peak_gib": peak_memory_gib()},
             self.global_samples)
+
+    def _prepare(self, step: int) -> None:
+        """Before the first micro-batch of a step: choose a mask if one is due. **Collective.**"""
+        if self._mask_step != step and self.strategy.due(step):
+            self.refresh()
+
+    def _reduce(self) -> list[float]:
+        """Sum over ranks: [weight, weight x loss, stops, gradient norm x weight, used flag per tensor]. One collective."""
+        accumulated = self._accumulator
+        self.comm.all_reduce(accumulated.buffer, tag="gradients")
+        norm = torch.linalg.vector_norm(accumulated.gradient)
+        # The one host-device synchronisation of a step: the loss, the norm and which tensors were used.
+        return torch.cat([accumulated.totals, norm.view(1), accumulated.used]).tolist()
+
+    def _update(self, scale: float, clip: float, used: list[bool]) -> None:
+        """Make the optimizer step with the summed gradient times ``scale``, clipped by factor ``clip``. **Collective.**"""
+        gradient = self._accumulator.gradient.mul_(scale * clip)
+        self.optimizer.step(gradient, used)
+        self._write_back()
 
     def save_checkpoint(self, save_dir: str | Path, tag: str | None = None, client_state: dict | None = None) -> Path:
         """Write everything that decides the future, but not the untouched weights. **Collective.**
@@ -232,6 +249,13 @@ class Engine(ModelVerbs):
         count = torch.tensor([sum(e.numel() for e in self.ever)], dtype=torch.int64, device=self.layout.device())
         return int(self.comm.all_reduce(count, tag="checks")) / self.layout.eligible_numel
 
+    @property
+    def entries(self) -> OwnedEntries:
+        """This rank's part of the mask in force. Local."""
+        if self._entries is None:
+            raise FishdipError("no mask has been chosen yet; the first training step does it, or engine.refresh().")
+        return self._entries
+
     @torch.no_grad()
     def rewind_weights(self) -> None:
         """Put every weight back to the base model's value, bitwise, and drop the optimizer state. **Collective.**"""
@@ -251,6 +275,7 @@ class Engine(ModelVerbs):
         self.rewind_weights()
         self._mask = self._entries = self._accumulator = self._weight = None
         self._mask_step = self.global_steps = self.global_samples = self.micro_steps = 0
+        self.strategy = type(self.strategy)(self.run.fishdip, self.strategy.total_steps, self.run.global_batch)
         self.start_schedule(self._new_schedule)
         if self.loader is not None:
             self.loader.load_state_dict({"epoch": 0, "step_in_epoch": 0})
@@ -281,10 +306,10 @@ class Engine(ModelVerbs):
             t.owned().index_select(0, at.to(t.owned().device))
             for t, at in zip(self.layout.tensors, entries.local, strict=True)])
         self._use(mask, entries, step)
-        self._remember(entries.local)
+        self.remember(entries.local)
 
     @torch.no_grad()
-    def _remember(self, local: Sequence[torch.Tensor]) -> None:
+    def remember(self, local: Sequence[torch.Tensor]) -> None:
         """Count positions (per tensor, owned, sorted) as ever trained and keep what the base has there. Local.
 
         Must run before anything writes to positions that are new.
@@ -308,17 +333,17 @@ class Engine(ModelVerbs):
         device = self.layout.device()
         return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
-    def _batch_weight(self, batch: dict) -> float:
-        """What this micro-batch's mean loss is a mean over: its targets, or its rows."""
+    def batch_weight(self, batch: dict) -> float:
+        """What this micro-batch's mean loss is a mean over: its targets, or its rows. Local."""
         labels = batch.get("labels")
         if isinstance(labels, torch.Tensor):
             return target_count(labels, self._shift)
         rows = next((v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), 1)
         return float(rows)
 
-    def _write_back(self) -> None:
-        """Put the masters into the weight shards, rounded to the storage dtype, and into full copies in use."""
-        values = self._entries.split(self.optimizer.master)
+    def _write_back(self, flat: torch.Tensor | None = None) -> None:
+        """Put the masters (or ``flat``, in their place) into the weight shards, rounded, and into full copies in use."""
+        values = self._entries.split(self.optimizer.master if flat is None else flat)
         for t, at, new in zip(self.layout.tensors, self._entries.local, values, strict=True):
             if at.numel():
                 shard = t.owned()

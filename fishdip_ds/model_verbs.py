@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from fishdip_ds.distributed import Comm
@@ -26,6 +27,18 @@ class ModelVerbs:
     """Set it on any rank, at any moment (in a signal handler, say): all ranks learn of it with the coming step."""
     stopping = False
     """After a step: whether any rank was asked to stop; the same on every rank."""
+
+    def train_step(self, batches: Sequence[dict[str, torch.Tensor]]) -> None:
+        """One optimizer step on its micro-batches: forward, backward and step on each. **Collective.**
+
+        Methods that take several looks at one step need this verb; the others do not mind.
+
+        Args:
+            batches: this rank's micro-batches, ``gradient_accumulation_steps`` of them, as the loader gives them.
+        """
+        for batch in batches:
+            self.backward(self.forward(**batch).loss)
+            self.step()
 
     @contextmanager
     def whole_model(self, wanted: bool | None = None) -> Iterator[bool]:

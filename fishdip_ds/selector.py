@@ -1,7 +1,6 @@
-"""The verbs a strategy is made of: score samples, score weights, take the top. All of them collective.
+"""The passes of a selection: losses of samples, Fisher scores of weights. All of them collective.
 
-A strategy sees no shard and no process group, only sample losses and these verbs; the engine never knows
-the name of a strategy.
+What else a method may ask for is in ``fishdip_ds.verbs``.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from fishdip_ds.errors import ConfigError, FishdipError
 from fishdip_ds.selection.losses import sample_losses, shifts_labels
 from fishdip_ds.selection.mask import Mask
 from fishdip_ds.selection.rng import mix, own_stream, uniform_at
-from fishdip_ds.selection.topk import distributed_topk
 from fishdip_ds.zero3.gradients import GradientTap, SquareAccumulator
 from fishdip_ds.zero3.shards import ShardLayout
 
@@ -117,31 +115,13 @@ class Selector:
                     sample = sample_ids[number] if live else sample_ids[0]
                     squares.begin(live)
                     with own_stream(mix(self._seed, self.report.step, 2, sample)):
-                        self._backward(self._mean_loss(self._load([sample])))
+                        self._backward(self._mean_loss(self.load([sample])))
         return squares.scores
 
     def uniform(self, purpose: int = 3) -> Scores:
         """Random scores in [0, 1), the same for any number of ranks. Local."""
         return {t.index: uniform_at(mix(self._seed, self.report.step, purpose, t.index), t.start, t.stop,
                                     self.layout.device()) for t in self.layout.eligible}
-
-    def top(self, scores: Scores, density: float) -> Mask:
-        """Mask of the floor(density x eligible weights) largest scores. **Collective.**
-
-        Raises:
-            ConfigError: if that is less than one weight.
-            FishdipError: if a score is not a finite non-negative number.
-        """
-        tensors, layout = self.layout.eligible, self.layout
-        k = int(layout.eligible_numel * density)
-        if k < 1:
-            raise ConfigError(f'"fishdip.density" {density} of {layout.eligible_numel} eligible weights is less than '
-                              f"one weight; set at least {1 / layout.eligible_numel:.2g}.")
-        with self._timed("topk"):
-            found = distributed_topk([scores[t.index] for t in tensors], k, self.comm, [t.name for t in tensors])
-            self.report.threshold = found.threshold
-            owned = {t.index: local + t.start for t, local in zip(tensors, found.selected, strict=True)}
-            return self._share(owned)
 
     def random_samples(self, n: int) -> list[int]:
         """n distinct sample ids, seeded; all of them if there are fewer. Local, the same on every rank."""
@@ -184,12 +164,12 @@ class Selector:
     def _logits_tell(self) -> bool:
         """Whether per-sample losses can be had from the logits of a batch; if not, batches are of one sample."""
         with own_stream(self._seed):
-            batch = self._load([0])
+            batch = self.load([0])
             logits = getattr(self.module(**batch), "logits", None)
         return isinstance(logits, torch.Tensor) and "labels" in batch and logits.dim() == batch["labels"].dim() + 1 == 3
 
     def _batch_losses(self, ids: list[int], kind: str) -> torch.Tensor:
-        batch = self._load(ids)
+        batch = self.load(ids)
         if self._loss_fn is not None:
             return self._loss_fn(self.module, batch)
         out = self.module(**batch)
@@ -200,7 +180,8 @@ class Selector:
     def _mean_loss(self, batch: dict) -> torch.Tensor:
         return self._loss_fn(self.module, batch).sum() if self._loss_fn else self.module(**batch).loss
 
-    def _load(self, ids: list[int]) -> dict:
+    def load(self, ids: list[int]) -> dict:
+        """One batch of these samples, on the compute device. Local."""
         return self._to_device(self._collate([self._dataset[i] for i in ids]))
 
     @contextmanager

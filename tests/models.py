@@ -66,4 +66,13 @@ def ds_config(*, micro: int = 2, accumulation: int = 1, threshold: int = 0, lr: 
         "gradient_clipping": clip, "bf16": {"enabled": bf16},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": threshold},
         "optimizer": optimizer or {"type": "AdamW", "params": {"lr": lr, "eps": 1e-3, "weight_decay": 0.01}},
-        "fishdip": {"density": 0.05, "refresh_interval": 3, "worst_samples": 5, "scan_batch_size": 4, **fishdip}}
+        "fishdip": {**_defaults(fishdip.get("strategy", "fish_dip")), "scan_batch_size": 4, **fishdip}}
+
+
+def _defaults(strategy: str) -> dict:
+    """Small settings, as far as they belong to the method."""
+    from fishdip_ds.strategies import registry
+
+    small = {"density": 0.05, "refresh_interval": 3, "worst_samples": 5}
+    dense = strategy not in registry.STOCK and registry.strategy_class(strategy).dense
+    return {} if dense else {key: value for key, value in small.items() if key in registry.settings_of(strategy)}

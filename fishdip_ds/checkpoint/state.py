@@ -136,7 +136,7 @@ def _restore(engine: Engine, file, manifest: dict) -> None:
         {k.removeprefix("optimizer/"): file.get_tensor(k) for k in keys if k.startswith("optimizer/")})
     ever = [get(f"ever/{t.name}", torch.int32).long() for t in layout.tensors]
     inside = [(at >= t.start) & (at < t.stop) for t, at in zip(layout.tensors, ever, strict=True)]
-    engine._remember([(at[here] - t.start).to(device) for t, at, here in zip(layout.tensors, ever, inside, strict=True)])
+    engine.remember([(at[here] - t.start).to(device) for t, at, here in zip(layout.tensors, ever, inside, strict=True)])
     for t, here in zip(layout.tensors, inside, strict=True):
         shard = t.owned()
         shard[engine.ever[t.index].to(shard.device)] = get(f"value/{t.name}", t.dtype)[here].to(shard)

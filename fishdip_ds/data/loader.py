@@ -32,6 +32,8 @@ class StepLoader:
         self.micro_batch, self.accumulation = micro_batch, accumulation
         self.rank, self.world, self.seed = rank, world, seed
         self.global_batch = micro_batch * accumulation * world
+        self.epoch_ids: Callable[[int, int], Sequence[int] | None] | None = None
+        """(epoch, size of the dataset) -> the samples that the epoch may hold; None, or None returned: all."""
         self.use_data(dataset)
 
     def use_data(self, dataset: Sequence) -> None:
@@ -46,8 +48,15 @@ class StepLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps that one epoch takes."""
-        return -(-getattr(self.dataset, "epoch_length", len(self.dataset)) // self.global_batch)
+        """Optimizer steps that the current epoch takes."""
+        return -(-self._epoch_length(self.epoch) // self.global_batch)
+
+    def _epoch_length(self, epoch: int) -> int:
+        chosen = self._chosen(epoch)
+        return len(chosen) if chosen is not None else getattr(self.dataset, "epoch_length", len(self.dataset))
+
+    def _chosen(self, epoch: int) -> Sequence[int] | None:
+        return self.epoch_ids(epoch, len(self.dataset)) if self.epoch_ids is not None else None
 
     def __len__(self) -> int:
         """Micro-batches per epoch on this rank."""
@@ -56,6 +65,9 @@ class StepLoader:
     def order(self, epoch: int) -> list[int]:
         """Sample ids of an epoch in their order; the same on every rank."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        chosen = self._chosen(epoch)
+        if chosen is not None:
+            return [chosen[i] for i in torch.randperm(len(chosen), generator=generator).tolist()]
         if hasattr(self.dataset, "epoch_order"):
             return self.dataset.epoch_order(generator)
         return torch.randperm(len(self.dataset), generator=generator).tolist()

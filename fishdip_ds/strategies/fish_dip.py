@@ -6,38 +6,37 @@ Das et al. 2023, "Unified low-resource sequence labeling by sample-aware dynamic
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fishdip_ds.selection.losses import reference_worst_count, worst
-from fishdip_ds.selection.mask import Mask
-from fishdip_ds.selector import Selector
-from fishdip_ds.strategies.base import Strategy
+from fishdip_ds.strategies.base import MASK_SETTINGS, Periodic
+
+if TYPE_CHECKING:
+    from fishdip_ds.selection.mask import Mask
+    from fishdip_ds.verbs import Verbs
+
+RANKING_SETTINGS = frozenset({"worst_samples", "sample_loss", "worst_count_unit", "select_mode_first", "select_mode_refresh"})
+"""Settings of methods that look for the worst samples."""
 
 
-class FishDip(Strategy):
+class FishDip(Periodic):
     """Before step 1 and before every multiple of ``refresh_interval``: losses, worst n, Fisher, global top-k."""
 
     needs_samples = True
+    settings = MASK_SETTINGS | RANKING_SETTINGS | {"refresh_interval"}
 
-    def due(self, step: int) -> bool:
-        """Steps 1, m, 2m, ..."""
-        return step == 1 or step % self.config.refresh_interval == 0
-
-    def next_due(self, step: int) -> int | None:
-        """The next multiple of m, or 1."""
-        m = self.config.refresh_interval
-        return 1 if step == 1 else -(-step // m) * m
-
-    def select(self, selector: Selector, step: int) -> Mask:
+    def select(self, verbs: Verbs, step: int) -> Mask:
         """See the class."""
         mode = self.config.select_mode_first if step == 1 else self.config.select_mode_refresh
         train_mode = mode == "train"
-        losses = selector.losses(kind=self.config.sample_loss, train_mode=train_mode)
-        n = self.worst_count(selector.n_samples, selector.global_batch)
+        losses = verbs.losses(kind=self.config.sample_loss, train_mode=train_mode)
+        n = self.worst_count(verbs.n_samples, verbs.global_batch)
         if self.config.worst_count_unit == "samples" and n < self.config.worst_samples >= 1:
-            selector.note(f"worst_samples {self.config.worst_samples} is capped at {n}: "
-                          f"there are {selector.n_samples} training samples.")
+            verbs.note(f"worst_samples {self.config.worst_samples} is capped at {n}: "
+                          f"there are {verbs.n_samples} training samples.")
         chosen = worst(losses, n)
-        selector.report.worst = [(i, float(losses[i])) for i in chosen]
-        return selector.top(selector.fisher(chosen, train_mode=train_mode), self.config.density)
+        verbs.report.worst = [(i, float(losses[i])) for i in chosen]
+        return self.top(verbs, verbs.fisher(chosen, train_mode=train_mode))
 
     def worst_count(self, n_samples: int, global_batch: int) -> int:
         """n: as configured, at least 1, and below the number of samples (unless there is but one)."""

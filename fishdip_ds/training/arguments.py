@@ -7,9 +7,10 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from fishdip_ds.config import STRATEGIES, FishdipConfig
+from fishdip_ds.config import SPECIFIC, STRATEGIES, FishdipConfig
 from fishdip_ds.ds_config import read_json
 from fishdip_ds.errors import ConfigError
+from fishdip_ds.strategies import registry
 
 EPILOG = """examples:
   deepspeed launch/train.py --ds_config ds_configs/z3.json
@@ -26,6 +27,8 @@ class Job:
     args: argparse.Namespace
     ds: dict
     """The DeepSpeed JSON with every flag applied; may still hold ``"auto"``."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about how flags and JSON were put together."""
 
 
 def parse(argv: list[str] | None = None) -> Job:
@@ -50,6 +53,7 @@ def parse(argv: list[str] | None = None) -> Job:
         tasks = sorted(set(args.task))
         args.output = Path("runs") / f"{tasks[0] if len(tasks) == 1 else 'multi'}-{_strategy(args, ds)}"
     section = ds.setdefault("fishdip", {})
+    notes = _leave_other_methods_settings(section, args.strategy)
     for field in dataclasses.fields(FishdipConfig):
         value = getattr(args, field.name)
         if value is not None:
@@ -73,7 +77,7 @@ def parse(argv: list[str] | None = None) -> Job:
         ds["bf16"] = {"enabled": True}
     if args.no_tensorboard:
         ds.pop("tensorboard", None)
-    return Job(args, ds)
+    return Job(args, ds, notes)
 
 
 def fills(args: argparse.Namespace) -> dict[str, object]:
@@ -82,6 +86,18 @@ def fills(args: argparse.Namespace) -> dict[str, object]:
             "csv_monitor.output_path": str(args.output / "csv"), "csv_monitor.job_name": "run",
             "wandb.project": "fishdip_ds", "optimizer.params.lr": 1e-3, "train_micro_batch_size_per_gpu": 8,
             "scheduler.params.warmup_num_steps": max(2, args.warmup_steps), "scheduler.params.warmup_min_lr": 0.0}
+
+
+def _leave_other_methods_settings(section: dict, wanted: str | None) -> tuple[str, ...]:
+    """A flag that changes the JSON's method leaves out the JSON's settings of the old one, and says so."""
+    if wanted is None or wanted == section.get("strategy", FishdipConfig.strategy):
+        return ()
+    dense = wanted not in registry.STOCK and registry.strategy_class(wanted).dense  # there, density means another thing
+    own = frozenset() if dense else registry.settings_of(wanted)
+    gone = sorted(key for key in section if key in SPECIFIC and key not in own)
+    for key in gone:
+        del section[key]
+    return (f"--strategy {wanted}: left out of the JSON's settings: {', '.join(gone)}",) if gone else ()
 
 
 def _strategy(args: argparse.Namespace, ds: dict) -> str:
@@ -149,7 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
         flag, doc = f"--{field.name}", f"{_field_doc(field.name)} (default {field.default})".replace("%", "%%")
         if field.name == "strategy":
             choose.add_argument(flag, choices=STRATEGIES, help=doc)
-        elif field.name == "eligible":
+        elif field.type.startswith("tuple"):
             choose.add_argument(flag, nargs="+", metavar="GLOB", help=doc)
         elif field.type == "bool":
             choose.add_argument(flag, action="store_true", default=None, help=doc)

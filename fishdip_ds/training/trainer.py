@@ -46,7 +46,7 @@ class Trainer:
         self.train_data = Mixture([c.data["train"] for c in self.corpora], self.args.temperature)
         self.collator = self._collator()
         self.engine, _, self.loader, _ = fishdip_ds.initialize(
-            model, self.run.ds, self.train_data, self.collator, lr_scheduler=self._scheduler())
+            model, self.run.ds, self.train_data, self.collator, lr_scheduler=self._scheduler(), total_steps=self.max_steps)
         self.engine.on_refresh = self._tell_refresh
         self.results: dict[str, dict[str, dict[str, float]]] = {"before": {}, "after": {}}
         self.best: dict[str, float | str] = {}
@@ -54,6 +54,8 @@ class Trainer:
         for c in self.corpora:
             self.say(f"{c.name}: {c.splits.source}, {len(c.splits.train)} of {c.full_train} training examples, "
                      f"{len(c.data['dev'])} dev, {len(c.data['test'])} test, {c.splits.schema.size()} labels")
+        for note in job.notes:
+            self.say(note)
         self.say(f"{self.args.model or 'embedded T5'}: {self.max_steps} steps of {self.run.global_batch} on "
                  f"{comm.world} rank{'s' if comm.world > 1 else ''}, strategy {self.run.fishdip.strategy}")
 
@@ -107,11 +109,13 @@ class Trainer:
         self.bar = tqdm(total=self.max_steps, initial=engine.global_steps, disable=self.comm.rank != 0, unit="step",
                         dynamic_ncols=True)
         while engine.global_steps < self.max_steps:
+            batches = []
             for batch in self.loader:
-                engine.backward(engine(**batch).loss)
-                engine.step()
-                if engine.micro_steps % self.run.accumulation:
+                batches.append(batch)
+                if len(batches) < self.run.accumulation:
                     continue
+                engine.train_step(batches)
+                batches = []
                 self._after_step()
                 if engine.stopping:
                     self._leave()

@@ -6,8 +6,10 @@ padding: its owned view is exactly the elements ``[start, stop)`` of the flatten
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from torch import nn
 from fishdip_ds.distributed import Comm
 from fishdip_ds.errors import ConfigError
 from fishdip_ds.fingerprint import finish, partial_fingerprint
+from fishdip_ds.selection.view import ShardView
 
 INT32_MAX = 2**31 - 1
 
@@ -39,10 +42,19 @@ class TensorShard:
     """One past the last owned flat index; ``start == stop`` when this rank holds only padding."""
     eligible: bool
     """Whether selection may pick entries of it."""
+    embedding: bool
+    """Whether it is the table of an ``nn.Embedding``."""
+    device: torch.device
+    """Where its gradients and compact state live (not the shard's device when off-loaded)."""
 
     def owned(self) -> torch.Tensor:
         """Local view of the owned elements: 1-D [stop - start], the parameter's dtype, no padding."""
         return self.param.ds_tensor.data.view(-1)[: self.stop - self.start]
+
+    @cached_property
+    def view(self) -> ShardView:
+        """What a method may see of it."""
+        return ShardView(self.index, self.name, self.shape, self.start, self.stop, self.embedding, self.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -57,6 +69,8 @@ class ShardLayout:
         self.comm = comm
         self.tensors: list[TensorShard] = []
         offset = 0
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        device = self.device()
         for name, param in model.named_parameters():
             piece = param.ds_tensor.numel()
             start = min(comm.rank * piece, param.ds_numel)
@@ -64,7 +78,8 @@ class ShardLayout:
             may_train = param.requires_grad and param.ds_tensor.dtype.is_floating_point
             self.tensors.append(TensorShard(
                 index=len(self.tensors), name=name, param=param, shape=tuple(param.ds_shape), numel=param.ds_numel,
-                offset=offset, start=start, stop=stop, eligible=may_train and _matches(name, eligible_patterns)))
+                offset=offset, start=start, stop=stop, eligible=may_train and matches(name, eligible_patterns),
+                embedding=id(param) in tables, device=device))
             offset += param.ds_numel
         self.numel = offset
         self.by_name = {t.name: t for t in self.tensors}
@@ -126,7 +141,7 @@ class ShardLayout:
         return {t.name: finish(v) for t, v in zip(self.tensors, sums.tolist(), strict=True)}
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+def matches(name: str, patterns: Sequence[str]) -> bool:
     """Last matching pattern wins; a leading ``!`` excludes."""
     chosen = all(p.startswith("!") for p in patterns)
     for pattern in patterns:

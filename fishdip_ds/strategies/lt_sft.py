@@ -1,0 +1,57 @@
+"""LT-SFT (Ansell et al., ACL 2022): finetune everything, keep the weights that moved most, go back, finetune those."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fishdip_ds.selection.bits import ShardFlags
+from fishdip_ds.strategies.base import DenseStrategy
+
+if TYPE_CHECKING:
+    from fishdip_ds.selection.view import ShardView
+    from fishdip_ds.verbs import Verbs
+
+
+class LtSft(DenseStrategy):
+    """The first ``search_share`` of the run is dense; then the ``density`` largest ``|W - W0|`` of all are trained from W0."""
+
+    settings = frozenset({"density", "search_share"})
+    needs_base = needs_total_steps = True
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.mask = ShardFlags()
+
+    @property
+    def switch(self) -> int:
+        """The first step of the sparse part."""
+        return max(1, round(self.total_steps * self.config.search_share)) + 1
+
+    def begin_step(self, verbs: Verbs, step: int) -> None:
+        """At the switch: choose, and put all weights back. **Collective.**"""
+        if step == self.switch:
+            self.mask = ShardFlags(verbs.top_flags(
+                {v.index: (verbs.weights(v) - verbs.base(v)).abs_() for v in verbs.views()}, self.config.density))
+            verbs.back_to_base()
+
+    def _chosen(self, view: ShardView) -> torch.Tensor | None:
+        return self.mask[view.index] if self.mask else None
+
+    def transform_grad(self, view: ShardView, grad: torch.Tensor) -> torch.Tensor:
+        """After the switch: the mask."""
+        chosen = self._chosen(view)
+        return grad if chosen is None else grad * chosen
+
+    def movable(self, view: ShardView) -> torch.Tensor | None:
+        """After the switch: the mask."""
+        return self._chosen(view)
+
+    def shard_state(self) -> dict[str, dict[int, torch.Tensor]]:
+        """The mask."""
+        return {"chosen": self.mask.to_dict()}
+
+    def load_shard_state(self, state: dict[str, dict[int, torch.Tensor]]) -> None:
+        """See the base class."""
+        self.mask = ShardFlags(state["chosen"])

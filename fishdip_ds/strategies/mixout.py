@@ -1,0 +1,43 @@
+"""Mixout (Lee et al., ICLR 2020): each forward pass puts a share of the input columns back to the pretrained weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fishdip_ds.strategies.base import DenseStrategy
+
+if TYPE_CHECKING:
+    from fishdip_ds.selection.view import ShardView
+    from fishdip_ds.verbs import Verbs
+
+
+def mixout(weight: torch.Tensor, base: torch.Tensor, keep: torch.Tensor, density: float) -> torch.Tensor:
+    """``W0 + M (W - W0) / density``: fp32 [numel], equal to W in expectation over M ~ Bernoulli(density)."""
+    return base + keep * (weight - base) / density
+
+
+class Mixout(DenseStrategy):
+    """Matrices only; one draw per input column and step, shared by all rows; ``density`` is the share kept."""
+
+    settings = frozenset({"density"})
+    defaults = {"density": 0.9}
+    needs_base = changes_forward = True
+
+    def begin_step(self, verbs: Verbs, step: int) -> None:
+        """Note the step, which keys the draw."""
+        self._step = step
+
+    def _keep(self, view: ShardView) -> torch.Tensor:
+        return (view.uniform_by_column(self.config.seed, self._step, 7) < self.config.density).float()
+
+    def forward_weight(self, view: ShardView, weight: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+        """See ``mixout``."""
+        if not view.is_matrix or view.embedding:
+            return weight
+        return mixout(weight, base, self._keep(view), self.config.density)
+
+    def transform_grad(self, view: ShardView, grad: torch.Tensor) -> torch.Tensor:
+        """Columns that were put back get no gradient."""
+        return grad * self._keep(view) if view.is_matrix and not view.embedding else grad

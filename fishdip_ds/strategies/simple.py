@@ -1,0 +1,74 @@
+"""Masks that take one look, or none: random, magnitude, SIFT's first gradient, LISA's layers."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import torch
+
+from fishdip_ds.errors import ConfigError
+from fishdip_ds.selection.rng import mix
+from fishdip_ds.strategies.base import Periodic, Strategy
+
+if TYPE_CHECKING:
+    from fishdip_ds.selection.mask import Mask
+    from fishdip_ds.verbs import Verbs
+
+
+class Random(Strategy):
+    """k weights drawn uniformly, the same for any number of ranks: the anchor that any selection has to beat."""
+
+    def select(self, verbs: Verbs, step: int) -> Mask:
+        """The k largest of uniform scores."""
+        return self.top(verbs, verbs.uniform())
+
+
+class Magnitude(Strategy):
+    """The k weights of largest magnitude."""
+
+    def select(self, verbs: Verbs, step: int) -> Mask:
+        """The k largest of ``|W|``."""
+        return self.top(verbs, verbs.magnitude())
+
+
+class Sift(Strategy):
+    """SIFT (Song et al., ICML 2024): the largest gradient entries of the first batch, a share of each tensor."""
+
+    needs_samples = True
+    defaults = {"scope": "tensor"}
+
+    def select(self, verbs: Verbs, step: int) -> Mask:
+        """``|g|`` of the first batch's mean loss; that batch then trains too, where SIFT spends it on the choice."""
+        gradient = verbs.gradient(verbs.first_batch())
+        return self.top(verbs, {i: g.abs_() for i, g in gradient.items()})
+
+
+class Lisa(Periodic):
+    """LISA (Pan et al. 2024): all weights of a few random layers for ``refresh_interval`` steps, then of others.
+
+    Embeddings and what belongs to no layer train always, as published.
+    """
+
+    settings = frozenset({"refresh_interval", "active_layers"})
+
+    def select(self, verbs: Verbs, step: int) -> Mask:
+        """Draw ``active_layers`` layers; a layer is what shares the name up to its first number."""
+        layers = sorted({layer for layer in map(layer_of, verbs.names()) if layer}, key=_natural)
+        if len(layers) < self.config.active_layers:
+            raise ConfigError(f'"fishdip.active_layers" is {self.config.active_layers}, more than the model\'s {len(layers)} '
+                              "layers; lower it.")
+        generator = torch.Generator().manual_seed(mix(self.config.seed, step, 6))
+        drawn = torch.randperm(len(layers), generator=generator)[: self.config.active_layers].tolist()
+        chosen = {layers[i] for i in drawn}
+        return verbs.everything([name for name in verbs.names() if layer_of(name) in chosen | {""}])
+
+
+def layer_of(name: str) -> str:
+    """``encoder.block.3`` of ``encoder.block.3.layer.0.SelfAttention.q.weight``; empty outside layers."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return found.group(0) if found else ""
+
+
+def _natural(layer: str) -> list[object]:
+    return [int(part) if part.isdigit() else part for part in layer.split(".")]

@@ -1,0 +1,45 @@
+"""SpIEL-AG's drop and grow (Ansell et al. 2024): the mask keeps its size while its weakest entries are replaced.
+
+Differs from the published code in two ways: candidates are judged by the gradient of ``worst_samples`` random samples,
+not by live gradients of five training steps; and entrants start with zero moments, not with seeded ones.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fishdip_ds.strategies.base import Periodic
+
+if TYPE_CHECKING:
+    from fishdip_ds.selection.mask import Mask
+    from fishdip_ds.verbs import Verbs
+
+
+class Spiel(Periodic):
+    """Every ``refresh_interval`` steps: drop the entries that moved least, grow where the gradient is largest."""
+
+    needs_samples = needs_total_steps = True
+    settings = frozenset({"density", "refresh_interval", "drop_rate", "worst_samples"})
+
+    def drop_share(self, step: int) -> float:
+        """The share of the mask that is replaced before ``step``: all at first, then falling linearly to 0."""
+        return 1.0 if step == 1 else self.config.drop_rate * max(0.0, 1 - step / self.total_steps)
+
+    def select(self, verbs: Verbs, step: int) -> Mask:
+        """Keep the k - n largest ``|W - W0|`` of the mask; add the n largest ``|g|`` outside it."""
+        k = verbs.count_of(self.config.density)
+        grown = round(k * self.drop_share(step))
+        asked = self.config.worst_samples
+        n = round(asked * verbs.n_samples) if isinstance(asked, float) else asked
+        gradient = verbs.gradient(verbs.random_samples(max(1, min(n, verbs.n_samples))))
+        scores = {i: g.abs_() for i, g in gradient.items()}
+        if grown == k:
+            return verbs.top(scores, k=k)
+        kept = verbs.top_of_mask(verbs.movement(), k - grown)
+        if not grown:
+            return verbs.merge(kept)
+        for index, positions in verbs.owned_mask().items():
+            scores[index][positions] = torch.zeros((), device=scores[index].device)
+        return verbs.merge(kept, verbs.top_owned(scores, grown))
