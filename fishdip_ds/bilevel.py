@@ -93,7 +93,14 @@ class Bilevel:
         super().rewind()
         if "fold_sum" in self.optimizer.entry_state:
             self.optimizer.entry_state["fold_sum"].zero_()
+
+    def load_strategy(self, state: dict[str, torch.Tensor]) -> None:
+        """See ``Engine.load_strategy``."""
+        self.strategy = type(self.strategy)(self.run.fishdip, self.strategy.total_steps, self.run.global_batch)
         self.strategy.plan(self.selector.n_samples)
+        if state:
+            self._lay_out_alpha(0)
+            self.strategy.load_state(state)
 
     def use_data(self, dataset: Sequence) -> None:
         """See ``Engine.use_data``; the folds are laid out anew. Local."""
@@ -103,15 +110,18 @@ class Bilevel:
     def _begin_part(self, fold: int | None) -> None:
         """Start a fold from the base, or the final part from the mean of the folds. **Collective.**"""
         strategy = self.strategy
-        shapes = {t.index: t.shape for t in self.layout.eligible if strategy.mixes(t.view)}
         if fold is not None:
             self._ready()
             self._restart(None)
-            strategy.fresh_alpha(shapes, fold, self.layout.device())
+            self._lay_out_alpha(fold)
             return
         count = strategy.folds.folds
         strategy.alpha.values.copy_(strategy.alpha_sum / count)
         self._restart(self.optimizer.entry_state["fold_sum"] / count)
+
+    def _lay_out_alpha(self, fold: int) -> None:
+        shapes = {t.index: t.shape for t in self.layout.eligible if self.strategy.mixes(t.view)}
+        self.strategy.fresh_alpha(shapes, fold, self.layout.device())
 
     def _ready(self) -> None:
         """What must be there before the first fold. **Collective.**"""

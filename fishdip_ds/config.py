@@ -34,7 +34,8 @@ class FishdipConfig:
     refresh_interval: int = 100
     """A new mask before every step whose number is a multiple of this, and before step 1."""
     worst_samples: int | float = 25
-    """How many of the worst (or of random) samples feed the scores: a number, or a fraction of the training set."""
+    """How many worst samples feed the Fisher scores (random ones, where the method draws): a number, or a fraction of the
+    training set."""
     fisher_samples: int = 1024
     """Strategy ``fish``: random samples of the one selection; capped at the training set."""
     sample_loss: str = "token_mean"

@@ -70,6 +70,11 @@ class DenseEngine(Engine):
         accumulated.reset()
         self._accumulator = accumulated
 
+    def resume_at(self, step: int) -> None:
+        """Go on after ``step``, whose stage the method has begun. Local."""
+        self._mask_step = step
+        self._accumulator.reset()
+
     # ---- a step ----------------------------------------------------------------------------------------
 
     def refresh(self) -> None:

@@ -275,11 +275,16 @@ class Engine(ModelVerbs):
         self.rewind_weights()
         self._mask = self._entries = self._accumulator = self._weight = None
         self._mask_step = self.global_steps = self.global_samples = self.micro_steps = 0
-        self.strategy = type(self.strategy)(self.run.fishdip, self.strategy.total_steps, self.run.global_batch)
+        self.load_strategy({})
         self.start_schedule(self._new_schedule)
         if self.loader is not None:
             self.loader.load_state_dict({"epoch": 0, "step_in_epoch": 0})
         set_random_state(self._random_start)
+
+    def load_strategy(self, state: dict[str, torch.Tensor]) -> None:
+        """Begin the method anew with what ``Strategy.state`` once gave. Local."""
+        self.strategy = type(self.strategy)(self.run.fishdip, self.strategy.total_steps, self.run.global_batch)
+        self.strategy.load_state(state)
 
     def start_schedule(self, build: Callable[[], object]) -> None:
         """Begin the learning-rate schedule that ``build`` makes, now and after each ``rewind``. Local."""

@@ -36,7 +36,7 @@ def apply_checkpoint(model: nn.Module, load_dir: Path, tag: str | None = None) -
     with safe_open(folder / STATE, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118  safe_open is no mapping
             kind, _, name = key.partition("/")
-            if kind == "ever":
-                at = file.get_tensor(key).long().to(params[name].device)
-                params[name].data.view(-1)[at] = file.get_tensor(f"value/{name}").to(params[name])
+            if kind == "value":
+                at = slice(None) if manifest["dense"] else file.get_tensor(f"ever/{name}").long().to(params[name].device)
+                params[name].data.view(-1)[at] = file.get_tensor(key).to(params[name])
     return folder

@@ -2,7 +2,8 @@
 
 One file of tensors, keyed ``<kind>/<parameter name>``, and one manifest. Entries are named by global flat
 indices, so any number of ranks can read what any other wrote. Weights that were never trained are those of
-the base model, whose checksum per tensor is in the manifest.
+the base model, whose checksum per tensor is in the manifest. Of a method that trains every weight the file holds all
+eligible tensors whole.
 """
 
 from __future__ import annotations
@@ -24,17 +25,19 @@ if TYPE_CHECKING:
 
 def save(engine: Engine, save_dir: Path, tag: str | None, client_state: dict) -> Path:
     """See ``Engine.save_checkpoint``. **Collective**; rank 0 writes, all ranks fail together."""
-    mask, comm = engine.mask, engine.comm
+    comm, dense = engine.comm, engine.strategy.dense
     if engine.micro_steps % engine.run.accumulation:
         raise FishdipError("a checkpoint can only be taken between optimizer steps; finish the accumulation first.")
     folder = save_dir / (tag or f"step-{engine.global_steps:06d}")
-    tensors = _gather(engine)
+    tensors = _gather_dense(engine) if dense else _gather(engine)
+    tensors.update({f"strategy/{k}": v.cpu().clone() for k, v in engine.strategy.state().items()})
     for rank, state in enumerate(comm.gather_objects(random_state())):
         tensors.update({f"rng/{kind}/{rank}": value for kind, value in state.items()})
     tensors.update({f"optimizer/{k}": v.cpu().clone() for k, v in engine.optimizer.dense_state().items()})
     manifest = {
         "format": 1, "world": comm.world, "global_steps": engine.global_steps,
-        "global_samples": engine.global_samples, "mask_step": engine._mask_step, "mask_hash": mask.hash(),
+        "global_samples": engine.global_samples, "mask_step": engine._mask_step, "dense": dense,
+        "mask_hash": None if dense else engine.mask.hash(),
         "strategy": engine.run.fishdip.strategy, "optimizer": type(engine.optimizer).__name__,
         "entry_state": [name for name, _ in engine.optimizer.ENTRY_STATE],
         "tensors": {t.name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."),
@@ -71,7 +74,8 @@ def load(engine: Engine, load_dir: Path, tag: str | None) -> tuple[Path, dict]:
     engine.comm.raise_together(error)
     folder, manifest = found
     with safe_open(folder / STATE, framework="pt") as file:
-        _restore(engine, file, manifest)
+        _restore_run(engine, file, manifest)
+        (_restore_dense if manifest["dense"] else _restore)(engine, file, manifest)
     return folder, manifest["client_state"]
 
 
@@ -95,6 +99,22 @@ def _gather(engine: Engine) -> dict[str, torch.Tensor]:
     return out
 
 
+def _gather_dense(engine: Engine) -> dict[str, torch.Tensor]:
+    """All that a dense method keeps of each eligible tensor, flat, on the cpu of rank 0 (empty elsewhere). Collective."""
+    comm, optimizer, out = engine.comm, engine.optimizer, {}
+    state = engine.strategy.shard_state()
+    for t in engine.layout.eligible:
+        rows = {f"value/{t.name}": t.owned().to(t.device),
+                **{f"{name}/{t.name}": optimizer.part(t.index, name) for name in optimizer.vectors()},
+                **{f"state.{kind}/{t.name}": parts[t.index] for kind, parts in state.items() if t.index in parts}}
+        sizes = comm.all_gather(torch.tensor([t.stop - t.start], device=t.device), tag="checkpoint").view(-1).tolist()
+        for key, mine in rows.items():
+            parts = comm.all_gather_ragged(mine.contiguous(), sizes, tag="checkpoint")
+            if comm.rank == 0:
+                out[key] = torch.cat(parts).cpu()
+    return out
+
+
 def _check(engine: Engine, folder: Path, manifest: dict) -> None:
     """Refuse a checkpoint of another model, other base weights or another optimizer."""
     stored, layout = manifest["tensors"], engine.layout
@@ -109,6 +129,9 @@ def _check(engine: Engine, folder: Path, manifest: dict) -> None:
         if stored[name]["base"] != engine.base_fingerprints[name]:
             raise FishdipError(f"{folder} was trained from other base weights: {name} differs; load the same "
                                "pretrained model in the same dtype.")
+    theirs, own = manifest["strategy"], engine.run.fishdip.strategy
+    if manifest["dense"] != engine.strategy.dense or (theirs != own and (engine.strategy.dense or engine.strategy.bilevel)):
+        raise FishdipError(f'{folder} is of strategy "{theirs}", whose state does not fit "{own}"; go on with the same.')
     kind = type(engine.optimizer).__name__
     if manifest["optimizer"] != kind:
         raise FishdipError(f'{folder} holds {manifest["optimizer"]} state, but "optimizer.type" is {kind}; use the same.')
@@ -132,8 +155,7 @@ def _restore(engine: Engine, file, manifest: dict) -> None:
         vectors[name] = torch.cat(parts)
     engine.rewind_weights()  # an engine that has trained goes back to the base first
     engine.optimizer.bind(entries, vectors)
-    engine.optimizer.load_dense_state(
-        {k.removeprefix("optimizer/"): file.get_tensor(k) for k in keys if k.startswith("optimizer/")})
+    engine.optimizer.load_dense_state(_under(file, "optimizer/"))
     ever = [get(f"ever/{t.name}", torch.int32).long() for t in layout.tensors]
     inside = [(at >= t.start) & (at < t.stop) for t, at in zip(layout.tensors, ever, strict=True)]
     engine.remember([(at[here] - t.start).to(device) for t, at, here in zip(layout.tensors, ever, inside, strict=True)])
@@ -142,6 +164,30 @@ def _restore(engine: Engine, file, manifest: dict) -> None:
         shard[engine.ever[t.index].to(shard.device)] = get(f"value/{t.name}", t.dtype)[here].to(shard)
     layout.publish(layout.tensors)
     engine._use(mask, entries, manifest["mask_step"])
+
+
+def _restore_dense(engine: Engine, file, manifest: dict) -> None:
+    keys, state = set(file.keys()), {}
+    for t in engine.layout.eligible:
+        def owned(kind: str, t=t) -> torch.Tensor:
+            return file.get_slice(f"{kind}/{t.name}")[t.start : t.stop].to(t.device)
+
+        for name in engine.optimizer.vectors():
+            engine.optimizer.part(t.index, name).copy_(owned(name))
+        t.owned().copy_(owned("value"))
+        for key in keys:
+            kind, _, name = key.partition("/")
+            if kind.startswith("state.") and name == t.name:
+                state.setdefault(kind.removeprefix("state."), {})[t.index] = owned(kind)
+    engine.layout.publish(engine.layout.eligible)
+    engine.optimizer.load_dense_state(_under(file, "optimizer/"))
+    engine.strategy.load_shard_state(state)
+    engine.resume_at(manifest["mask_step"])
+
+
+def _restore_run(engine: Engine, file, manifest: dict) -> None:
+    """Counters, schedule, place in the data, the method's own state and random streams."""
+    engine.load_strategy({k: v.to(engine.layout.device()) for k, v in _under(file, "strategy/").items()})
     engine.global_steps, engine.global_samples = manifest["global_steps"], manifest["global_samples"]
     engine.micro_steps = engine.global_steps * engine.run.accumulation
     for group, lr in zip(engine.optimizer.param_groups, manifest["lr"], strict=True):
@@ -151,8 +197,13 @@ def _restore(engine: Engine, file, manifest: dict) -> None:
     if engine.loader is not None and manifest["loader"] is not None:
         engine.loader.load_state_dict(manifest["loader"])
     if manifest["world"] == engine.comm.world:  # random streams are per rank; another world starts its own
-        set_random_state({k.split("/")[1]: file.get_tensor(k) for k in keys
-                           if k.startswith("rng/") and k.endswith(f"/{engine.comm.rank}")})
+        set_random_state({k.split("/")[0]: v for k, v in _under(file, "rng/").items()
+                          if k.endswith(f"/{engine.comm.rank}")})
+
+
+def _under(file, folder: str) -> dict[str, torch.Tensor]:
+    """Tensors whose key begins with ``folder``, named by the rest of it."""
+    return {k.removeprefix(folder): file.get_tensor(k) for k in file.keys() if k.startswith(folder)}  # noqa: SIM118
 
 
 def _scheduler_state(scheduler) -> dict | None:

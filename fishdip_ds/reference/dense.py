@@ -103,26 +103,22 @@ class MaskedAdamW:
         return self.weights
 
 
-def train(model: nn.Module, samples: Sequence[Batch], steps: Sequence[Sequence[int]], collate, *, density: float,
-          refresh_interval: int, worst_samples: int, lr: float, clip: float, eps: float = 1e-8,
-          weight_decay: float = 0.0) -> list[dict]:
-    """FISH-DIP with AdamW. One record per step: loss, gradient norm, mask indices (sorted int64), weights.
+def train_masked(model: nn.Module, steps: Sequence[Sequence[int]], collate, choose, *, lr: float, clip: float,
+                 eps: float = 1e-8, weight_decay: float = 0.0, after=None) -> list[dict]:
+    """AdamW on a mask that may change. One record per step: loss, gradient norm, mask indices (sorted int64), weights.
 
     Args:
-        samples: the training set, each a batch of one.
         steps: sample ids of each optimizer step.
         collate: ids -> one batch of all of them.
+        choose: (number from 1, mask in force bool [P]) -> the new mask bool [P], or None to go on.
+        after: (weights fp32 [P], mask bool [P]) -> the weights after a step, if a method moves them itself.
     """
-    allowed = eligible(model)
-    k = math.floor(int(allowed.sum()) * density)
     optimizer = MaskedAdamW(flat(model), lr, eps=eps, weight_decay=weight_decay)
     records = []
     for number, ids in enumerate(steps, start=1):
-        if number == 1 or number % refresh_interval == 0:
-            table = losses(model, samples)
-            worst = torch.sort(table, descending=True, stable=True).indices[: min(worst_samples, len(samples) - 1)]
-            scores = fisher(model, [samples[i] for i in worst.tolist()])
-            optimizer.set_mask(top_mask(scores, k, allowed), flat(model))
+        mask = choose(number, optimizer.mask)
+        if mask is not None:
+            optimizer.set_mask(mask, flat(model))
         model.zero_grad()
         loss = model(**collate(ids)).loss
         loss.backward()
@@ -133,7 +129,29 @@ def train(model: nn.Module, samples: Sequence[Batch], steps: Sequence[Sequence[i
         new = optimizer.step(grad)
         weights = flat(model)
         weights[optimizer.mask] = new[optimizer.mask]
+        if after is not None:
+            weights = after(weights, optimizer.mask)
         assign(model, weights)
         records.append({"loss": float(loss), "norm": float(norm), "weights": weights,
                         "mask": optimizer.mask.nonzero().view(-1)})
     return records
+
+
+def train(model: nn.Module, samples: Sequence[Batch], steps: Sequence[Sequence[int]], collate, *, density: float,
+          refresh_interval: int, worst_samples: int, **options: float) -> list[dict]:
+    """FISH-DIP; see ``train_masked``.
+
+    Args:
+        samples: the training set, each a batch of one.
+    """
+    allowed = eligible(model)
+    k = math.floor(int(allowed.sum()) * density)
+
+    def choose(number: int, _: torch.Tensor) -> torch.Tensor | None:
+        if number != 1 and number % refresh_interval:
+            return None
+        table = losses(model, samples)
+        worst = torch.sort(table, descending=True, stable=True).indices[: min(worst_samples, len(samples) - 1)]
+        return top_mask(fisher(model, [samples[i] for i in worst.tolist()]), k, allowed)
+
+    return train_masked(model, steps, collate, choose, **options)

@@ -108,7 +108,7 @@ class Dps(DenseStrategy):
 
     def load_shard_state(self, state: dict[str, dict[int, torch.Tensor]]) -> None:
         """See the base class."""
-        self.gam, self.mask = state["gam"], ShardFlags(state["chosen"])
+        self.gam, self.mask = state.get("gam", {}), ShardFlags(state.get("chosen", {}))
 
 
 class DpsMix(Dps):
@@ -169,7 +169,7 @@ class DpsMix(Dps):
     def load_shard_state(self, state: dict[str, dict[int, torch.Tensor]]) -> None:
         """See the base class."""
         super().load_shard_state(state)
-        self.anchor = state["anchor"]
+        self.anchor = state.get("anchor", {})
 
     def state(self) -> dict[str, torch.Tensor]:
         """FAM."""

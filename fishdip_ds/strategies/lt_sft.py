@@ -54,4 +54,4 @@ class LtSft(DenseStrategy):
 
     def load_shard_state(self, state: dict[str, dict[int, torch.Tensor]]) -> None:
         """See the base class."""
-        self.mask = ShardFlags(state["chosen"])
+        self.mask = ShardFlags(state.get("chosen", {}))
