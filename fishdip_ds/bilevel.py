@@ -135,7 +135,7 @@ class Bilevel:
         """Step alpha. W is bitwise what it was (but for the published library's faults, if asked). **Collective.**"""
         strategy, optimizer = self.strategy, self.optimizer
         gradient, totals = self._look(batches, optimizer.master)
-        clip = self._clip_factor(totals[3])
+        clip = self._clip_factor(totals[3] / totals[0])
         trial = optimizer.peek(gradient * clip)
         second = optimizer.peek_second(gradient * clip)
         v, _, direct = self._look(self._meta(step), trial, alpha=True)

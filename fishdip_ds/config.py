@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from fishdip_ds.errors import ConfigError
 from fishdip_ds.strategies import registry
 
-STRATEGIES = (*registry.STRATEGIES, *registry.STOCK)
 SPECIFIC = frozenset({
     "density", "scope", "always_on", "refresh_interval", "worst_samples", "fisher_samples", "sample_loss",
     "select_mode_first", "select_mode_refresh", "worst_count_unit", "active_layers", "drop_rate", "layers", "fisher",
@@ -89,7 +88,7 @@ class FishdipConfig:
     """Data order, selection's own random stream, random masks."""
 
     def __post_init__(self) -> None:
-        _one_of("strategy", self.strategy, STRATEGIES)
+        _one_of("strategy", self.strategy, registry.known())
         _one_of("sample_loss", self.sample_loss, ("token_mean", "sum", "padded_mean"))
         for name, allowed in (("worst_count_unit", ("samples", "batches")), ("scope", ("model", "tensor")),
                               ("fisher", ("sample", "global")), ("masked_update", ("frozen", "momentum")),
@@ -124,7 +123,7 @@ class FishdipConfig:
             if key not in fields:
                 raise ConfigError(f'unknown setting "fishdip.{key}"{nearest(key, fields)}')
         strategy = section.get("strategy", cls.strategy)
-        _one_of("strategy", strategy, STRATEGIES)
+        _one_of("strategy", strategy, registry.known())
         own = registry.settings_of(strategy)
         values = {} if strategy in registry.STOCK else dict(registry.strategy_class(strategy).defaults)
         for key, value in section.items():

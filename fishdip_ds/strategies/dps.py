@@ -68,6 +68,7 @@ class Dps(DenseStrategy):
             self.gam, self.mask = {}, ShardFlags()
         elif first:
             self.mask = ShardFlags(verbs.top_each(self.scores(verbs), self.config.density))
+            self.gam = {}  # room for what stage II keeps
 
     def scores(self, verbs: Verbs) -> dict[int, torch.Tensor]:
         """What stage II ranks, by tensor."""

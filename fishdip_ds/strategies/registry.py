@@ -29,7 +29,8 @@ STRATEGIES = {
     "lt_sft": "lt_sft:LtSft",
     "weight_mixup": "weight_mixup:WeightMixup",
 }
-"""Name -> module of this package and class."""
+"""Name -> module and class. A module without a dot is one of this package; a method of your own project may be added
+here before ``initialize``: ``STRATEGIES["mine"] = "my_project.mine:Mine"``."""
 
 STOCK = {"full": frozenset(), "lora": frozenset({"lora_r", "lora_alpha"})}
 """Baselines run by stock DeepSpeed, and the settings that are theirs."""
@@ -38,9 +39,14 @@ STOCK = {"full": frozenset(), "lora": frozenset({"lora_r", "lora_alpha"})}
 def strategy_class(name: str) -> type[Strategy]:
     """The class that ``STRATEGIES`` names."""
     module, _, attribute = STRATEGIES[name].partition(":")
-    return getattr(import_module(f"fishdip_ds.strategies.{module}"), attribute)
+    return getattr(import_module(module if "." in module else f"fishdip_ds.strategies.{module}"), attribute)
 
 
 def settings_of(name: str) -> frozenset[str]:
     """The settings that belong to a method, among those that do not belong to all."""
     return STOCK[name] if name in STOCK else strategy_class(name).settings
+
+
+def known() -> tuple[str, ...]:
+    """All names that ``"fishdip.strategy"`` may have."""
+    return (*STRATEGIES, *STOCK)

@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from fishdip_ds.config import SPECIFIC, STRATEGIES, FishdipConfig
+from fishdip_ds.config import SPECIFIC, FishdipConfig
 from fishdip_ds.ds_config import read_json
 from fishdip_ds.errors import ConfigError
 from fishdip_ds.strategies import registry
@@ -164,7 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(FishdipConfig):
         flag, doc = f"--{field.name}", f"{_field_doc(field.name)} (default {field.default})".replace("%", "%%")
         if field.name == "strategy":
-            choose.add_argument(flag, choices=STRATEGIES, help=doc)
+            choose.add_argument(flag, choices=registry.known(), help=doc)
         elif field.type.startswith("tuple"):
             choose.add_argument(flag, nargs="+", metavar="GLOB", help=doc)
         elif field.type == "bool":
