@@ -7,6 +7,9 @@ the base model, whose checksum per tensor is in the manifest.
 
 from __future__ import annotations
 
+import copy
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +25,14 @@ if TYPE_CHECKING:
     from fishdip_ds.engine import Engine
 
 
-def save(engine: Engine, save_dir: Path, tag: str | None, client_state: dict) -> Path:
+def save(engine: Engine, save_dir: Path, tag: str | None, client_state: dict, *, wait: bool = True,
+         committed: Callable[[Path], None] | None = None) -> Path:
     """See ``Engine.save_checkpoint``. **Collective**; rank 0 writes, all ranks fail together."""
-    mask, comm = engine.mask, engine.comm
+    mask, comm, begin = engine.mask, engine.comm, time.perf_counter()
     if engine.micro_steps % engine.run.accumulation:
         raise FishdipError("a checkpoint can only be taken between optimizer steps; finish the accumulation first.")
+    engine.writer.join()  # one save in flight: at most one copy of the state stands in memory
+    engine.tell_failed_saves()
     folder = save_dir / (tag or f"step-{engine.global_steps:06d}")
     tensors = _gather(engine)
     for rank, state in enumerate(comm.gather_objects(random_state())):
@@ -42,15 +48,20 @@ def save(engine: Engine, save_dir: Path, tag: str | None, client_state: dict) ->
         "lr": [group["lr"] for group in engine.optimizer.param_groups],
         "scheduler": _scheduler_state(engine.lr_scheduler),
         "loader": engine.loader.state_dict() if engine.loader is not None else None,
-        "client_state": client_state, "config": engine.run.ds,
+        "client_state": copy.deepcopy(client_state), "config": engine.run.ds,
     }
-    error = None
+
+    def write() -> None:
+        write_folder(folder, tensors, manifest)
+        if committed is not None:
+            committed(folder)
+
     if comm.rank == 0:
-        try:
-            write_folder(folder, tensors, manifest)
-        except FishdipError as caught:
-            error = caught
-    comm.raise_together(error)
+        engine.writer.start(write)
+    if wait:
+        engine.finish_save()
+    engine.save_wait_ms = 1000 * (time.perf_counter() - begin)
+    engine.monitor.scalars({"Train/Checkpoint/wait_ms": engine.save_wait_ms}, engine.global_samples)
     return folder
 
 
