@@ -25,7 +25,7 @@ SchedulerFactory = Callable[[torch.optim.Optimizer], object]
 
 def initialize(model: nn.Module, config: str | Path | dict, training_data: Sequence | None = None,
                collate_fn: Collate | None = None, loss_fn: LossFn | None = None,
-               lr_scheduler: SchedulerFactory | None = None, total_steps: int | None = None):
+               lr_scheduler: SchedulerFactory | None = None, total_steps: int | None = None, data_workers: int = 0):
     """Shard ``model`` over all ranks and make it trainable at a chosen few weights. **Collective.**
 
     Args:
@@ -38,6 +38,7 @@ def initialize(model: nn.Module, config: str | Path | dict, training_data: Seque
         lr_scheduler: ``optimizer -> scheduler``, in place of the JSON's ``"scheduler"``.
         total_steps: optimizer steps of the run, for a scheduler whose ``total_num_steps`` is ``"auto"`` and for methods
             that divide the run into parts.
+        data_workers: processes on each rank that make batches ahead; see ``StepLoader``.
 
     Returns:
         (engine, optimizer, loader, scheduler); loader and scheduler are None if nothing asks for them.
@@ -61,7 +62,7 @@ def initialize(model: nn.Module, config: str | Path | dict, training_data: Seque
     if training_data is not None:
         engine.loader = StepLoader(training_data, collate_fn, micro_batch=run.micro_batch,
                                    accumulation=run.accumulation, rank=comm.rank, world=comm.world,
-                                   seed=run.fishdip.seed)
+                                   seed=run.fishdip.seed, workers=data_workers)
         if run.fishdip.strategy not in STOCK:
             engine.loader.epoch_ids = lambda epoch, n: engine.strategy.epoch_ids(epoch, n)
     engine.start_schedule(lambda: build_scheduler(engine.optimizer, run, lr_scheduler))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fishdip_ds.checkpoint.writer import Writer
 from fishdip_ds.data.loader import FILLER, StepLoader
 from fishdip_ds.distributed import Comm
 from fishdip_ds.ds_config import RunConfig
@@ -45,6 +46,7 @@ class StockEngine(ModelVerbs):
                                               model_parameters=trainable)[0]
         self.module: nn.Module = self.deepspeed.module
         self.monitor = Monitor(self.deepspeed.monitor)
+        self.writer = Writer()
         self.lr_scheduler = None
         self.loader: StepLoader | None = None
         self.on_refresh = None
@@ -98,13 +100,18 @@ class StockEngine(ModelVerbs):
         """Begin the learning-rate schedule that ``build`` makes. Local."""
         self.lr_scheduler = build()
 
-    def save_checkpoint(self, save_dir: str | Path, tag: str | None = None, client_state: dict | None = None) -> Path:
-        """DeepSpeed's checkpoint, tied to this number of ranks. **Collective.**"""
+    def save_checkpoint(self, save_dir: str | Path, tag: str | None = None, client_state: dict | None = None, *,
+                        wait: bool = True, committed: Callable[[Path], None] | None = None) -> Path:
+        """DeepSpeed's checkpoint, tied to this number of ranks; always waits for the disk. **Collective.**"""
+        begin = time.perf_counter()
         tag = tag or f"step-{self.global_steps:06d}"
         state = {"ours": client_state or {}, "loader": self.loader and self.loader.state_dict(),
                  "steps": self.global_steps, "scheduler": self.lr_scheduler and self.lr_scheduler.state_dict()}
         self.deepspeed.save_checkpoint(str(save_dir), tag=tag, client_state=state,
                                        exclude_frozen_parameters=self.run.fishdip.strategy == "lora")
+        if committed is not None and self.comm.rank == 0:
+            committed(Path(save_dir) / tag)
+        self.save_wait_ms = 1000 * (time.perf_counter() - begin)
         return Path(save_dir) / tag
 
     def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[Path, dict]:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from fishdip_ds.checkpoint.writer import Writer
 from fishdip_ds.data.loader import FILLER, Collate, StepLoader
 from fishdip_ds.distributed import Comm
 from fishdip_ds.ds_config import RunConfig
@@ -60,6 +61,7 @@ class Engine(ModelVerbs):
         self.base_fingerprints = self.layout.fingerprints()
         self.strategy = strategy_class(run.fishdip.strategy)(run.fishdip, total_steps, run.global_batch)
         self.monitor = Monitor(self.deepspeed.monitor)
+        self.writer = Writer()
         self.lr_scheduler = None
         self.loader: StepLoader | None = None
         self.global_steps = 0
@@ -194,14 +196,26 @@ class Engine(ModelVerbs):
         self.optimizer.step(gradient, used)
         self._write_back()
 
-    def save_checkpoint(self, save_dir: str | Path, tag: str | None = None, client_state: dict | None = None) -> Path:
+    def save_checkpoint(self, save_dir: str | Path, tag: str | None = None, client_state: dict | None = None, *,
+                        wait: bool = True, committed: Callable[[Path], None] | None = None) -> Path:
         """Write everything that decides the future, but not the untouched weights. **Collective.**
 
-        See ``fishdip_ds.checkpoint.state``. Returns the checkpoint's folder.
+        See ``fishdip_ds.checkpoint.state``.
+
+        Args:
+            wait: until it is on disk, and raise if it cannot be. False waits for a copy of the state alone; a thread of
+                rank 0 writes it, after the save before it. A failure is told later; see ``tell_failed_saves``.
+            committed: called with the checkpoint's folder once it is whole: on rank 0, in the writing thread.
+
+        Returns:
+            the checkpoint's folder; with ``wait=False``, where it will be.
+
+        Raises:
+            FishdipError: on all ranks, inside an accumulation; with ``wait``, also if the disk refuses.
         """
         from fishdip_ds.checkpoint.state import save
 
-        return save(self, Path(save_dir), tag, client_state or {})
+        return save(self, Path(save_dir), tag, client_state or {}, wait=wait, committed=committed)
 
     def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[Path, dict]:
         """Restore a checkpoint saved on any number of ranks; returns (folder, client_state). **Collective.**"""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from fishdip_ds.checkpoint.writer import Writer
 from fishdip_ds.distributed import Comm
 from fishdip_ds.zero3.partition import fits_on_one_device, resident
 
@@ -23,6 +25,12 @@ class ModelVerbs:
     module: nn.Module
     comm: Comm
     deepspeed: DeepSpeedEngine
+    writer: Writer
+    """Writes checkpoints on rank 0."""
+    save_wait_ms = 0.0
+    """What the last ``save_checkpoint`` kept this rank from training."""
+    on_failed_save: Callable[[str], None] = staticmethod(lambda text: warnings.warn(text, RuntimeWarning, stacklevel=4))
+    """Called on every rank with the reason why a save in the background failed; once for each."""
     stop_requested = False
     """Set it on any rank, at any moment (in a signal handler, say): all ranks learn of it with the coming step."""
     stopping = False
@@ -39,6 +47,21 @@ class ModelVerbs:
         for batch in batches:
             self.backward(self.forward(**batch).loss)
             self.step()
+
+    def finish_save(self) -> None:
+        """Wait for the save in flight, if there is one. **Collective.**
+
+        Raises:
+            FishdipError: on all ranks, if it failed and nobody was told.
+        """
+        self.writer.join()
+        self.comm.raise_together(self.writer.failure())
+
+    def tell_failed_saves(self) -> None:
+        """Call ``on_failed_save`` if a save in the background has failed untold. **Collective**; does not wait."""
+        error = self.writer.failure()
+        for text in filter(None, self.comm.gather_objects(None if error is None else str(error))):
+            self.on_failed_save(text)
 
     @contextmanager
     def whole_model(self, wanted: bool | None = None) -> Iterator[bool]:

@@ -42,7 +42,7 @@ class Pool:
         self.pipes, self.processes = [], []
         for rank in range(world):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, world, port), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, world, port))  # no daemon: it may have workers
             process.start()
             self.pipes.append(mine)
             self.processes.append(process)

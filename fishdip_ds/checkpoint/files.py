@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -58,6 +59,9 @@ def read_folder(load_dir: Path, tag: str | None) -> tuple[Path, dict]:
     """
     if tag is None:
         pointer = load_dir / LATEST
+        wrong = next((p for p in (load_dir, *load_dir.parents) if p.is_file()), None)
+        if wrong is not None:
+            raise FishdipError(f"no checkpoint in {load_dir}: {wrong} is a file; give the folder of a run.")
         if not pointer.is_file():
             raise FishdipError(f"no checkpoint in {load_dir}: there is no file {LATEST!r}; give the folder that holds it.")
         tag = pointer.read_text(encoding="utf-8").strip()
@@ -66,35 +70,50 @@ def read_folder(load_dir: Path, tag: str | None) -> tuple[Path, dict]:
         folder = _replaced(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        known = manifest.get("format")
+    except (OSError, ValueError, AttributeError) as error:
         raise FishdipError(f"the checkpoint {folder} has no readable {MANIFEST} ({error}); {_others(load_dir, tag)}") from None
-    if manifest.get("format") != 1:
-        raise FishdipError(f"{folder / MANIFEST} has format {manifest.get('format')!r}, this version reads 1; "
-                           "update fishdip_ds.")
+    if known != 1:
+        raise FishdipError(f"{folder / MANIFEST} has format {known!r}, this version reads 1; update fishdip_ds.")
     for name, facts in manifest["files"].items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != facts["bytes"] or sha256(path) != facts["sha256"]:
-            raise FishdipError(f"{path} is missing, truncated or altered (its hash differs from the manifest); "
-                               f"{_others(load_dir, tag)}")
+        wrong = damage(path, facts["bytes"], facts["sha256"])
+        if wrong:
+            raise FishdipError(f"{path} {wrong}; {_others(load_dir, tag)}")
     return folder, manifest
 
 
-def prune(load_dir: Path, keep_last: int, keep: tuple[str, ...] = ()) -> None:
-    """Delete all but the last ``keep_last`` checkpoints of a folder, and those whose tag is in ``keep``. Local.
+def prune(load_dir: Path, keep_last: int, keep: Sequence[str] = ()) -> None:
+    """Delete all but the last ``keep_last`` checkpoints of a folder, and what killed saves have left behind. Local.
 
-    The one that ``latest`` names always stays.
+    The one that ``latest`` names stays, and of the tags in ``keep``, in that order, the first that is there. To be
+    called when no save is in flight.
     """
     found = sorted((p.parent for p in load_dir.glob(f"*/{MANIFEST}") if not p.parent.name.startswith(".")),
                    key=lambda p: (p / MANIFEST).stat().st_mtime_ns)
     latest = load_dir / LATEST
-    spared = {*keep, latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""}
+    wanted = next((tag for tag in keep if (load_dir / tag / MANIFEST).is_file()), "")
+    spared = {wanted, latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""}
     for folder in found[: max(0, len(found) - keep_last)]:
         if folder.name not in spared:
             shutil.rmtree(folder, ignore_errors=True)
+    for partial in load_dir.glob(".*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _replaced(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.replaced")
+
+
+def damage(path: Path, n_bytes: int, digest: str) -> str | None:
+    """What is wrong with a file that should have that size and sha256, as the end of a sentence; None if nothing."""
+    try:
+        size = path.stat().st_size
+        if size != n_bytes:
+            return f"is truncated or altered: {size} bytes instead of {n_bytes}"
+        return None if sha256(path) == digest else "is altered: its hash is not the one of the manifest"
+    except OSError as error:
+        return f"is missing or cannot be read ({error.strerror})"
 
 
 def sha256(path: Path) -> str:

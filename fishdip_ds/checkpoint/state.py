@@ -8,6 +8,9 @@ eligible tensors whole.
 
 from __future__ import annotations
 
+import copy
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,11 +26,14 @@ if TYPE_CHECKING:
     from fishdip_ds.engine import Engine
 
 
-def save(engine: Engine, save_dir: Path, tag: str | None, client_state: dict) -> Path:
+def save(engine: Engine, save_dir: Path, tag: str | None, client_state: dict, *, wait: bool = True,
+         committed: Callable[[Path], None] | None = None) -> Path:
     """See ``Engine.save_checkpoint``. **Collective**; rank 0 writes, all ranks fail together."""
-    comm, dense = engine.comm, engine.strategy.dense
+    comm, dense, begin = engine.comm, engine.strategy.dense, time.perf_counter()
     if engine.micro_steps % engine.run.accumulation:
         raise FishdipError("a checkpoint can only be taken between optimizer steps; finish the accumulation first.")
+    engine.writer.join()  # one save in flight: at most one copy of the state stands in memory
+    engine.tell_failed_saves()
     folder = save_dir / (tag or f"step-{engine.global_steps:06d}")
     tensors = _gather_dense(engine) if dense else _gather(engine)
     tensors.update({f"strategy/{k}": v.cpu().clone() for k, v in engine.strategy.state().items()})
@@ -45,15 +51,20 @@ def save(engine: Engine, save_dir: Path, tag: str | None, client_state: dict) ->
         "lr": [group["lr"] for group in engine.optimizer.param_groups],
         "scheduler": _scheduler_state(engine.lr_scheduler),
         "loader": engine.loader.state_dict() if engine.loader is not None else None,
-        "client_state": client_state, "config": engine.run.ds,
+        "client_state": copy.deepcopy(client_state), "config": engine.run.ds,
     }
-    error = None
+
+    def write() -> None:
+        write_folder(folder, tensors, manifest)
+        if committed is not None:
+            committed(folder)
+
     if comm.rank == 0:
-        try:
-            write_folder(folder, tensors, manifest)
-        except FishdipError as caught:
-            error = caught
-    comm.raise_together(error)
+        engine.writer.start(write)
+    if wait:
+        engine.finish_save()
+    engine.save_wait_ms = 1000 * (time.perf_counter() - begin)
+    engine.monitor.scalars({"Train/Checkpoint/wait_ms": engine.save_wait_ms}, engine.global_samples)
     return folder
 
 

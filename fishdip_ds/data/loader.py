@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy
 import torch
+from torch.utils.data import DataLoader, Dataset
 
-from fishdip_ds.errors import DataError
+from fishdip_ds.errors import ConfigError, DataError
+from fishdip_ds.selection.rng import mix
 
 Collate = Callable[[list], dict[str, torch.Tensor]]
 FILLER = -1
@@ -24,11 +29,18 @@ class StepLoader:
 
     Every batch is a dict with one more key, ``sample_ids`` (int64 [b], the dataset index, -1 in fillers), which
     the engine takes out before the model sees it.
+
+    With ``workers`` processes, batches are made ahead. The position counts what was handed out, not what was made, and
+    nothing is drawn from the training's random stream: a run with workers equals the one without, and resumes from any
+    step. A dataset that draws random numbers gets them, in workers, by the batch's place in the run: the same again
+    after a resume, but others than without workers.
     """
 
     def __init__(self, dataset: Sequence, collate_fn: Collate, *, micro_batch: int, accumulation: int, rank: int,
-                 world: int, seed: int) -> None:
-        self.collate_fn = collate_fn
+                 world: int, seed: int, workers: int = 0) -> None:
+        if workers < 0:
+            raise ConfigError(f"{workers} data workers were asked for; give 0 (none) or more.")
+        self.collate_fn, self.workers = collate_fn, workers
         self.micro_batch, self.accumulation = micro_batch, accumulation
         self.rank, self.world, self.seed = rank, world, seed
         self.global_batch = micro_batch * accumulation * world
@@ -73,22 +85,27 @@ class StepLoader:
         return torch.randperm(len(self.dataset), generator=generator).tolist()
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        order = self.order(self.epoch)
+        plan = self._plan()
+        batches = _Batches(self.dataset, self.collate_fn, mix(self.seed, self.epoch, self.rank))
+        # DataLoader draws a seed for its workers from the generator it is given, else from the training's own stream.
+        made = iter(DataLoader(batches, batch_size=None, sampler=plan, num_workers=self.workers,
+                               generator=torch.Generator())) if self.workers else map(batches.make, plan)
+        for batch, place in zip(made, plan, strict=True):
+            if place.micro % self.accumulation == self.accumulation - 1:
+                self.step_in_epoch = place.micro // self.accumulation + 1
+            yield batch
+        self.epoch += 1
+        self.step_in_epoch = 0
+
+    def _plan(self) -> list[_Place]:
+        """This rank's micro-batches from the current position to the end of the epoch."""
+        order, plan = self.order(self.epoch), []
         for step in range(self.step_in_epoch, self.steps_per_epoch):
             chosen = order[step * self.global_batch : (step + 1) * self.global_batch]
             for j in range(self.accumulation):
                 begin = (j * self.world + self.rank) * self.micro_batch
-                ids = chosen[begin : begin + self.micro_batch]
-                if j == self.accumulation - 1:
-                    self.step_in_epoch = step + 1
-                yield self._batch(ids, fallback=chosen[0])
-        self.epoch += 1
-        self.step_in_epoch = 0
-
-    def _batch(self, ids: list[int], fallback: int) -> dict[str, torch.Tensor]:
-        batch = dict(self.collate_fn([self.dataset[i] for i in ids or [fallback]]))
-        batch["sample_ids"] = torch.tensor(ids or [FILLER])
-        return batch
+                plan.append(_Place(step * self.accumulation + j, tuple(chosen[begin : begin + self.micro_batch]), chosen[0]))
+        return plan
 
     def state_dict(self) -> dict[str, int]:
         """Position: the epoch and the optimizer steps of it already handed out."""
@@ -97,3 +114,35 @@ class StepLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from a position; the next ``iter`` starts there."""
         self.epoch, self.step_in_epoch = int(state["epoch"]), int(state["step_in_epoch"])
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One micro-batch of the plan."""
+
+    micro: int
+    """Its number in the epoch."""
+    ids: tuple[int, ...]
+    """Its samples; none in a filler."""
+    fallback: int
+    """The sample that a filler shows."""
+
+
+class _Batches(Dataset):
+    """Micro-batches by their place; in a worker process random numbers follow from the place alone."""
+
+    def __init__(self, dataset: Sequence, collate_fn: Collate, seed: int) -> None:
+        self.dataset, self.collate_fn, self.seed = dataset, collate_fn, seed
+
+    def make(self, place: _Place) -> dict[str, torch.Tensor]:
+        """The batch of a place, with its ``sample_ids``."""
+        batch = dict(self.collate_fn([self.dataset[i] for i in place.ids or [place.fallback]]))
+        batch["sample_ids"] = torch.tensor(place.ids or [FILLER])
+        return batch
+
+    def __getitem__(self, place: _Place) -> dict[str, torch.Tensor]:  # what a DataLoader's worker calls
+        seed = mix(self.seed, place.micro)
+        torch.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+        return self.make(place)

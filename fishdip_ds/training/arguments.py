@@ -147,6 +147,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", nargs="?", const="", metavar="FOLDER",
                        help="go on from the last checkpoint of FOLDER (default: of --output); auto: of --output if there is "
                        "one, else start, so that one command line serves a queue that preempts")
+    train.add_argument("--data_workers", type=int, default=0, help="processes per rank that make batches ahead (default 0: "
+                       "none); results are the same")
     train.add_argument("--keep_last", type=int, default=3, help="checkpoints to keep (default 3)")
     train.add_argument("--keep_best", action="store_true", help="also keep the checkpoint with the best dev score; needs "
                        "--eval_interval")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from importlib.resources import files
 from pathlib import Path
@@ -27,6 +29,13 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hex digest of the vocabulary, the special tokens and the ids of a line that most normalisers change."""
+    probe = tokenizer("Ünïcode  ﬁ 12,345.6 [ a | b = c ] don't <extra_id_0>\t")["input_ids"]
+    facts = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_tokens), probe]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def load_model(name: str | None, run: RunConfig, *, gradient_checkpointing: bool = False) -> nn.Module:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,7 +20,7 @@ from fishdip_ds.selector import SelectionReport
 from fishdip_ds.training.arguments import Job, decoding, fills
 from fishdip_ds.training.corpus import SPLITS, Corpus, Mixture, load_corpora, write_splits
 from fishdip_ds.training.evaluation import evaluate
-from fishdip_ds.training.models import load_model, load_tokenizer
+from fishdip_ds.training.models import load_model, load_tokenizer, tokenizer_fingerprint
 from fishdip_ds.training.report import next_steps, score_table
 from fishdip_ds.training.taskfile import write_tasks
 
@@ -30,10 +32,12 @@ class Trainer:
         self.args, self.comm = job.args, comm
         self.bar: tqdm | None = None
         self.output: Path = job.args.output
+        self._on_rank_0(self._claim_output)
         # The schedule's length follows from the data, which follows from the batch: resolve without it first.
         self.run = resolve({k: v for k, v in job.ds.items() if k != "scheduler"}, comm.world, fills(job.args))
         self.corpora = load_corpora(self.args)
         self.tokenizer = load_tokenizer(self.args.model)
+        self.tokens = tokenizer_fingerprint(self.tokenizer)
         samples = sum(len(c.splits.train) for c in self.corpora)
         self.max_steps = self.args.max_steps or self.args.epochs * math.ceil(samples / self.run.global_batch)
         self.run = resolve(job.ds, comm.world, {**fills(job.args), "scheduler.params.total_num_steps": self.max_steps})
@@ -46,11 +50,13 @@ class Trainer:
         self.train_data = Mixture([c.data["train"] for c in self.corpora], self.args.temperature)
         self.collator = self._collator()
         self.engine, _, self.loader, _ = fishdip_ds.initialize(
-            model, self.run.ds, self.train_data, self.collator, lr_scheduler=self._scheduler(), total_steps=self.max_steps)
+            model, self.run.ds, self.train_data, self.collator, lr_scheduler=self._scheduler(), total_steps=self.max_steps,
+            data_workers=self.args.data_workers)
         self.engine.on_refresh = self._tell_refresh
+        self.engine.on_failed_save = self._warn
         self.results: dict[str, dict[str, dict[str, float]]] = {"before": {}, "after": {}}
-        self.best: dict[str, float | str] = {}
-        """Best mean dev score so far and the tag of its checkpoint."""
+        self.best: dict = {}
+        """Best mean dev score so far, the tag of its checkpoint, and those of earlier bests, the newest first."""
         for c in self.corpora:
             self.say(f"{c.name}: {c.splits.source}, {len(c.splits.train)} of {c.full_train} training examples, "
                      f"{len(c.data['dev'])} dev, {len(c.data['test'])} test, {c.splits.schema.size()} labels")
@@ -63,22 +69,19 @@ class Trainer:
 
     def main(self) -> dict:
         """Train and score; returns what ``results.json`` holds."""
-        if self.comm.rank == 0:
-            write_splits(self.output / "samples", self.corpora)
-            self._write_tasks(self.output)
-        self._write("config.json", {"deepspeed": self.run.ds, "flags": {
-            k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}})
         start = self._checkpoint_to_resume()
         if start is not None:
-            folder, state = self.engine.load_checkpoint(start)
-            self.results["before"], self.best = state.get("before", {}), state.get("best", {})
-            self.say(f"resumed {folder} at step {self.engine.global_steps}")
-            if self.engine.global_steps >= self.max_steps:
-                self.say(f"step {self.engine.global_steps} of {self.max_steps} is done already; "
-                         "raise --max_steps or --epochs to go on")
-        elif not self.args.no_eval_before:
+            self._resume(start)
+        # Only now: a checkpoint that does not fit must leave the run that is there as it is.
+        self._on_rank_0(lambda: (write_splits(self.output / "samples", self.corpora), self._write_tasks(self.output)))
+        self._write("config.json", {"deepspeed": self.run.ds, "flags": {
+            k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}})
+        if start is None and not self.args.no_eval_before:
             self._score_all("before", SPLITS)
-        self._loop()
+        try:
+            self._loop()
+        finally:
+            self.engine.writer.join()  # whatever ended the loop, a save that is nearly there shall not be lost
         self._score_all("after", SPLITS)
         summary = {**self.results, "steps": self.engine.global_steps, "strategy": self.run.fishdip.strategy,
                    "density": self.run.fishdip.density, "headline": {
@@ -103,6 +106,17 @@ class Trainer:
         folder = self.output / "checkpoints"
         there = self.comm.gather_objects((folder / "latest").is_file())[0]  # as rank 0 sees it: all ranks must agree
         return folder if there else None
+
+    def _resume(self, checkpoints: Path) -> None:
+        folder, state = self.engine.load_checkpoint(checkpoints)
+        if state.get("tokenizer", self.tokens) != self.tokens:
+            raise FishdipError(f"{folder} was trained with another tokenizer than that of "
+                               f"{self.args.model or 'the embedded T5'}; put back the tokenizer files it was trained with.")
+        self.results["before"], self.best = state.get("before", {}), state.get("best", {})
+        self.say(f"resumed {folder} at step {self.engine.global_steps}")
+        if self.engine.global_steps >= self.max_steps:
+            self.say(f"step {self.engine.global_steps} of {self.max_steps} is done already; "
+                     "raise --max_steps or --epochs to go on")
 
     def _loop(self) -> None:
         engine = self.engine.train()
@@ -131,6 +145,10 @@ class Trainer:
                                  + (f", next refresh at {due}" if due is not None else ""))
         self.bar.update()
         done = step >= self.max_steps
+        failed = self.engine.writer.failure()  # rank 0's, at once; the other ranks hear of it with the next save
+        if failed is not None:
+            self._warn(str(failed))
+        wanted = bool(self.args.save_interval) and step % self.args.save_interval == 0
         if self.args.eval_interval and step % self.args.eval_interval == 0 and not done:
             scores = self._score_all("during", ("dev",))
             self.say(f"step {step}: " + ", ".join(
@@ -138,10 +156,11 @@ class Trainer:
                 for c in self.corpora))
             score = sum(scores[self._key(c, "dev")][c.task.headline] for c in self.corpora) / len(self.corpora)
             if self.args.keep_best and score > self.best.get("score", -1.0):
-                self.best = {"score": score, "tag": f"step-{step:06d}"}
-                self._save_or_warn()
-        if self.args.save_interval and step % self.args.save_interval == 0 and not done:
-            self._save_or_warn()
+                earlier = [self.best["tag"], *self.best.get("earlier", [])] if self.best else []
+                self.best = {"score": score, "tag": f"step-{step:06d}", "earlier": earlier}
+                wanted = True
+        if wanted and not done:
+            self._save(wait=False)
 
     def _key(self, corpus: Corpus, split: str) -> str:
         """Name of a score: the split, and the data set too where the run has several."""
@@ -172,20 +191,19 @@ class Trainer:
         write_tasks(folder, {c.name: c.task for c in self.corpora}, prefixed=len(self.corpora) > 1,
                     max_input_length=self.args.max_input_length, max_target_length=self.args.max_target_length)
 
-    def _save(self) -> Path:
-        folder = self.engine.save_checkpoint(self.output / "checkpoints", client_state={
-            "before": self.results["before"], "best": self.best})
-        if self.comm.rank == 0:
-            prune(self.output / "checkpoints", self.args.keep_last, tuple(filter(None, [self.best.get("tag")])))
-        self.say(f"saved {folder}")
+    def _save(self, *, wait: bool = True) -> Path:
+        """A checkpoint, and the older ones go. One on the way does not wait for the disk: if it cannot be written, a
+        warning follows, training goes on, and the earlier ones are untouched.
+        """
+        best = [self.best["tag"], *self.best.get("earlier", [])] if self.best else []
+        folder = self.engine.save_checkpoint(
+            self.output / "checkpoints", wait=wait, committed=lambda folder: prune(folder.parent, self.args.keep_last, best),
+            client_state={"before": self.results["before"], "best": self.best, "tokenizer": self.tokens})
+        self.say(f"saved {folder}" if wait else f"saving {folder}; training waited {self.engine.save_wait_ms:.0f} ms")
         return folder
 
-    def _save_or_warn(self) -> None:
-        """A checkpoint on the way: if it cannot be written, training goes on and the earlier ones are untouched."""
-        try:
-            self._save()
-        except FishdipError as error:  # raised on all ranks together
-            self.say(f"warning: {error}")
+    def _warn(self, text: str) -> None:
+        self.say(f"warning: {text}")
 
     def _leave(self) -> None:
         """Save and end, as a signal asked; the same command with ``--resume auto`` goes on from here."""
@@ -220,11 +238,24 @@ class Trainer:
             tqdm.write(text) if self.bar is not None else print(text, flush=True)
 
     def _write(self, name: str, value: object) -> None:
+        text = ("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in value) if name.endswith(".jsonl")
+                else json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        self._on_rank_0(lambda: (self.output / name).write_text(text, encoding="utf-8"))
+
+    def _claim_output(self) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=self.output).close()
+
+    def _on_rank_0(self, write: Callable[[], object]) -> None:
+        """Let rank 0 write; all ranks end together if it cannot. **Collective.**"""
+        error = None
         if self.comm.rank == 0:
-            self.output.mkdir(parents=True, exist_ok=True)
-            text = ("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in value) if name.endswith(".jsonl")
-                    else json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-            (self.output / name).write_text(text, encoding="utf-8")
+            try:
+                write()
+            except OSError as caught:
+                error = FishdipError(f"cannot write to {self.output}: {caught.strerror or caught}; free space, or choose "
+                                     "another --output that may be written to.")
+        self.comm.raise_together(error)
 
     def _tell_refresh(self, report: SelectionReport) -> None:
         engine = self.engine
