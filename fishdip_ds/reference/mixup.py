@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fishdip_ds.reference.dense import Batch
 from fishdip_ds.strategies.weight_mixup import Folds, warm_cosine, warm_linear
@@ -58,7 +59,8 @@ class Mixed:
         leaves = {n: w.detach().requires_grad_() for n, w in self.weights.items()}
         alpha = {n: tuple(v.detach().requires_grad_() for v in pair) for n, pair in self.alpha.items()}
         flat = [v for pair in alpha.values() for v in pair]
-        loss = functional_call(self.model, self.effective(leaves, alpha), (), batch).loss
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
+            loss = functional_call(self.model, self.effective(leaves, alpha), (), batch).loss
         slopes = torch.autograd.grad(loss, flat, create_graph=True)
         dummies = [torch.zeros_like(s, requires_grad=True) for s in slopes]
         inner = sum((s * u).sum() for s, u in zip(slopes, dummies, strict=True))

@@ -88,7 +88,9 @@ def _child(fisher: str, decay: bool) -> dict:
             assert torch.allclose(t.owned()[out], w0[out] * factor, rtol=1e-6, atol=0)
         else:
             assert torch.equal(t.owned()[out], w0[out])
-    moved = int((engine.layout.by_name["shared.weight"].owned() != base[: engine.layout.tensors[0].stop]).sum())
+    first = engine.layout.tensors[0]
+    table_size = first.stop - first.start
+    moved = int((engine.layout.by_name["shared.weight"].owned() != base[: table_size]).sum())
     return {"chosen": engine.mask.count - table, "n": n, "table": table, "moved": moved,
             "state": sum(v.numel() for v in engine.optimizer.vectors().values())}
 
