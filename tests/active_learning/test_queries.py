@@ -111,9 +111,11 @@ def test_discriminative_asks_for_what_is_unlike_the_labelled_set():
 def test_losses_are_carried_over_from_the_nearest_labelled_examples():
     known, losses = torch.tensor([[0.0], [1.0], [2.0], [10.0]]), torch.tensor([1.0, 2.0, 4.0, 9.0])
     assert carried_losses(torch.tensor([[0.1], [9.0]]), known, losses, k=2).tolist() == [1.5, 6.5]
-    pool = PoolView([5, 6, 7], [0, 1, 2, 3], {"embedding": torch.tensor([[0.1], [9.0], [9.0]]), "pseudo_loss": torch.tensor(
+    known = torch.cat([known, torch.full((5, 1), 20.0)])
+    losses = torch.cat([losses, torch.full((5,), 8.0)])
+    pool = PoolView([5, 6, 7], range(9), {"embedding": torch.tensor([[0.1], [19.0], [19.0]]), "pseudo_loss": torch.tensor(
         [3.0, 0.1, 0.2])}, {"embedding": known, "loss": losses})
-    assert get_query("loss").choose(pool, 3) == [7, 6, 5]
+    assert get_query("loss").choose(pool, 3) == [7, 6, 5]  # the largest losses; of equals the less certain
 
 
 def test_sequence_uncertainties_differ_and_are_what_they_are_called():
