@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,8 +18,9 @@ from fishdip_ds.engine import StepStats
 from fishdip_ds.errors import ConfigError, FishdipError
 from fishdip_ds.model_verbs import ModelVerbs
 from fishdip_ds.monitoring import Monitor, peak_memory_gib
-from fishdip_ds.selection.rng import own_stream
+from fishdip_ds.selection.rng import own_stream, random_state, set_random_state
 from fishdip_ds.selector import LossFn
+from fishdip_ds.zero3.stock import StockBase
 
 
 class StockEngine(ModelVerbs):
@@ -51,6 +52,9 @@ class StockEngine(ModelVerbs):
         self.last: StepStats | None = None
         self.global_steps = self.global_samples = self.micro_steps = 0
         self._filler = False
+        self._base: StockBase | None = None
+        self._random_start = random_state()
+        self._new_schedule: Callable[[], object] = lambda: None
         self._loss_sum = torch.zeros(2, device=self.deepspeed.device)
         self._last_step_at = time.perf_counter()
 
@@ -95,8 +99,38 @@ class StockEngine(ModelVerbs):
             self.global_samples)
 
     def start_schedule(self, build: Callable[[], object]) -> None:
-        """Begin the learning-rate schedule that ``build`` makes. Local."""
+        """Begin the learning-rate schedule that ``build`` makes, now and after each ``rewind``. Local."""
+        self._new_schedule = build
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.optimizer.defaults["lr"]
+            group.pop("initial_lr", None)
         self.lr_scheduler = build()
+
+    def use_data(self, dataset: Sequence) -> None:
+        """See ``Engine.use_data``. Local."""
+        if self.loader is not None:
+            self.loader.use_data(dataset)
+
+    def keep_base(self) -> None:
+        """See ``ModelVerbs.keep_base``: a copy of the trained weights, 4 bytes each over N. Local."""
+        if self.global_steps:
+            raise FishdipError("the base weights are gone after the first step; call engine.keep_base() before it.")
+        self._base = StockBase(self.deepspeed)
+
+    def rewind(self, dataset: Sequence | None = None, total_steps: int | None = None) -> None:
+        """See ``Engine.rewind``. **Collective.**"""
+        if self._base is None:
+            raise FishdipError(f'strategy "{self.run.fishdip.strategy}" keeps no copy of the base by itself; call '
+                               "engine.keep_base() before the first step to be able to go back.")
+        self._base.restore()
+        self.global_steps = self.global_samples = self.micro_steps = 0
+        self._loss_sum.zero_()
+        self.start_schedule(self._new_schedule)
+        if dataset is not None:
+            self.use_data(dataset)
+        elif self.loader is not None:
+            self.loader.load_state_dict({"epoch": 0, "step_in_epoch": 0})
+        set_random_state(self._random_start)
 
     def save_checkpoint(self, save_dir: str | Path, tag: str | None = None, client_state: dict | None = None) -> Path:
         """DeepSpeed's checkpoint, tied to this number of ranks. **Collective.**"""

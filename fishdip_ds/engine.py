@@ -268,16 +268,22 @@ class Engine(ModelVerbs):
         self.base = [values[:0] for values in self.base]
         self.optimizer.forget()
 
-    def rewind(self) -> None:
+    def rewind(self, dataset: Sequence | None = None, total_steps: int | None = None) -> None:
         """Be as new: base weights bitwise, no mask, no moments, step 0, schedule, data order and random streams from
         their start. The next step chooses a mask. **Collective.**
+
+        Args:
+            dataset: train on it from now on, as ``use_data`` says (default: on the same as before).
+            total_steps: optimizer steps of the coming run, for methods that divide it into parts (default: as before).
         """
         self.rewind_weights()
         self._mask = self._entries = self._accumulator = self._weight = None
         self._mask_step = self.global_steps = self.global_samples = self.micro_steps = 0
-        self.strategy = type(self.strategy)(self.run.fishdip, self.strategy.total_steps, self.run.global_batch)
+        self.strategy = type(self.strategy)(self.run.fishdip, total_steps or self.strategy.total_steps, self.run.global_batch)
         self.start_schedule(self._new_schedule)
-        if self.loader is not None:
+        if dataset is not None:
+            self.use_data(dataset)
+        elif self.loader is not None:
             self.loader.load_state_dict({"epoch": 0, "step_in_epoch": 0})
         set_random_state(self._random_start)
 
