@@ -165,8 +165,16 @@ class Selector:
         """Whether per-sample losses can be had from the logits of a batch; if not, batches are of one sample."""
         with own_stream(self._seed):
             batch = self.load([0])
-            logits = getattr(self.module(**batch), "logits", None)
-        return isinstance(logits, torch.Tensor) and "labels" in batch and logits.dim() == batch["labels"].dim() + 1 == 3
+            out = self.module(**batch)
+        logits, labels = getattr(out, "logits", None), batch.get("labels")
+        if not isinstance(logits, torch.Tensor) or labels is None or logits.dim() != labels.dim() + 1:
+            return False
+        if logits.dim() == 3:
+            return True
+        if logits.dim() != 2 or (labels.is_floating_point() and logits.shape[1] != 1):
+            return False
+        ours = sample_losses(logits, labels, "sum", False)[0]  # a classifier may have a loss of its own
+        return bool(torch.isclose(ours, out.loss.float(), rtol=1e-2 if logits.dtype == torch.bfloat16 else 1e-4, atol=1e-6))
 
     def _batch_losses(self, ids: list[int], kind: str) -> torch.Tensor:
         batch = self.load(ids)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fishdip_ds.data.readers.base import SPLITS, Names, Part, ReadOptions, check_example
+from fishdip_ds.data.readers.classification import are_numbers
 from fishdip_ds.data.readers.registry import find_reader, names_for
 from fishdip_ds.errors import DataError
 from fishdip_ds.tasks.base import Example, Schema
@@ -33,13 +34,15 @@ class Splits:
 
 
 def load_dataset(data: str, task: str, *, seed: int = 0, labels: Path | None = None,
-                 fewrel_reference_spans: bool = False) -> Splits:
+                 fewrel_reference_spans: bool = False, text_columns: Sequence[str] = (),
+                 label_column: str | None = None) -> Splits:
     """Read ``demo``, a folder of a known layout, or ``READER:FOLDER``.
 
     A split that the files lack is carved out of another (see ``complete``), never through a document or dialogue.
 
     Args:
         labels: JSON file {data set label: natural label}; a label in the data that it lacks is an error.
+        text_columns, label_column: classification: columns or keys, where convention does not find them.
 
     Raises:
         ConfigError: unknown reader or task. DataError: missing or malformed files.
@@ -50,7 +53,7 @@ def load_dataset(data: str, task: str, *, seed: int = 0, labels: Path | None = N
         return load_demo(task, seed)
     reader, folder, dataset = find_reader(data, task)
     table = read_label_map(labels) if labels else None
-    options = ReadOptions(table, str(labels), fewrel_reference_spans)
+    options = ReadOptions(table, str(labels), fewrel_reference_spans, tuple(text_columns), label_column)
     parts = {split: _read(reader.read, paths, options) for split, paths in reader.find(folder).items()}
     found = {split: part.examples for split, part in parts.items()}
     schema = schema_of(task, found, names_for(reader, folder, dataset), table, str(labels))
@@ -84,6 +87,8 @@ def schema_of(task: str, splits: Mapping[str, Sequence[Example]], names: Names, 
             for domain, slot, _ in example.state:
                 seen.setdefault(domain, set()).add(slot)
         return Schema(slots={**{d: tuple(sorted(s)) for d, s in seen.items()}, **names.slots})
+    if task == "classification":
+        return _classes(examples, table, table_from, names)
     # In relation classification the types of the two spans are their roles in the question, not labels.
     kinds = {kind for e in examples for _, _, kind in e.entities} if task != "relation" else set()
     relations = {kind for e in examples for _, kind, _ in e.relations} if task in ("joint_er", "relation") else set()
@@ -97,6 +102,17 @@ def schema_of(task: str, splits: Mapping[str, Sequence[Example]], names: Names, 
     return Schema(natural_names(names.entities, sorted(kinds), names.rule),
                   natural_names(names.relations, sorted(relations), names.rule, whole=False),
                   no_relation=names.no_relation)
+
+
+def _classes(examples: Sequence[Example], table: Mapping[str, str] | None, table_from: str, names: Names) -> Schema:
+    labels = sorted({example.label for example in examples})
+    if table is None:
+        return Schema(regression=True) if are_numbers(labels) else Schema(natural_names(names.entities, labels, names.rule))
+    unknown = sorted(set(labels) - table.keys())
+    if unknown:
+        raise DataError(f"label {unknown[0]!r} is in the data but not in {table_from} "
+                        f"({', '.join(sorted(table))}); add it there.")
+    return Schema(dict(table))
 
 
 def complete(found: Mapping[str, list[Example]], source: str) -> tuple[dict[str, list[Example]], list[str]]:

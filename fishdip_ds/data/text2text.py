@@ -110,21 +110,22 @@ class Collator:
     """Decoder-only: prompts are padded on the left, so that generation starts right after them."""
 
     def __call__(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
-        ids, mask = self._pad([i["input_ids"] for i in items], self.pad_id, self.pad_inputs_to)
-        labels, _ = self._pad([i["labels"] for i in items], self.label_pad,
+        ids, mask = pad([i["input_ids"] for i in items], self.pad_id, self.pad_inputs_to)
+        labels, _ = pad([i["labels"] for i in items], self.label_pad,
                               ids.shape[1] if self.causal else self.pad_targets_to)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def prompts(self, items: Sequence[Item]) -> dict[str, torch.Tensor]:
         """What ``generate`` reads: ``input_ids`` and ``attention_mask``."""
         rows = [i["prompt_ids" if self.causal else "input_ids"] for i in items]
-        ids, mask = self._pad(rows, self.pad_id, 0, left=self.causal)
+        ids, mask = pad(rows, self.pad_id, 0, left=self.causal)
         return {"input_ids": ids, "attention_mask": mask}
 
-    @staticmethod
-    def _pad(rows: list[list[int]], fill: int, width: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        width = max(width, *(len(r) for r in rows))
-        gaps = [width - len(r) for r in rows]
-        ids = [[fill] * g + r if left else r + [fill] * g for r, g in zip(rows, gaps, strict=True)]
-        mask = [[0] * g + [1] * len(r) if left else [1] * len(r) + [0] * g for r, g in zip(rows, gaps, strict=True)]
-        return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)
+
+def pad(rows: list[list[int]], fill: int, width: int = 0, *, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids as int64 [B, T], T at least ``width``, and the mask of what is no padding."""
+    width = max(width, *(len(r) for r in rows))
+    gaps = [width - len(r) for r in rows]
+    ids = [[fill] * g + r if left else r + [fill] * g for r, g in zip(rows, gaps, strict=True)]
+    mask = [[0] * g + [1] * len(r) if left else [1] * len(r) + [0] * g for r, g in zip(rows, gaps, strict=True)]
+    return torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.int64)

@@ -28,15 +28,22 @@ def target_count(labels: torch.Tensor, shift: bool) -> float:
 
 
 def sample_losses(logits: torch.Tensor, labels: torch.Tensor, kind: str, shift: bool) -> torch.Tensor:
-    """Cross-entropy of each sample of a batch: fp32 [B], local.
+    """Loss of each sample of a batch: fp32 [B], local. Cross-entropy, or the squared error where labels are floats.
 
     Args:
-        logits: [B, T, V] of any float dtype.
-        labels: int64 [B, T], -100 ignored.
+        logits: [B, T, V] of any float dtype; of a classifier [B, C]; of a regressor [B, 1].
+        labels: int64 [B, T] or [B], -100 ignored; float [B].
         kind: ``token_mean`` (over the sample's own targets), ``sum``, or ``padded_mean`` (sum divided by T,
             the reference code's ranking: with targets padded to one length it ranks by the sum).
         shift: see ``shifts_labels``.
+
+    A classifier's sample has one target, so that ``kind`` changes nothing.
     """
+    if labels.dim() == 1:
+        labels = labels.to(logits.device)
+        if labels.is_floating_point():
+            return (logits.float().view(-1) - labels.float()).square()
+        return functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
     total = torch.stack([  # one sample at a time: an fp32 copy of all logits would be the peak of the pass

@@ -35,6 +35,10 @@ class Example:
     """Dialogue: the utterances so far; user and agent take turns, the user first."""
     state: tuple[tuple[str, str, str], ...] = ()
     """Dialogue: (domain, slot, value) of all that the user has asked for so far."""
+    texts: tuple[str, ...] = ()
+    """Classification: the text, or the pair."""
+    label: str = ""
+    """Classification: the label as the data set names it, or a number."""
     group: str = ""
     """Document or dialogue; splits that this project carves out never cut through one."""
 
@@ -44,7 +48,7 @@ class Schema:
     """The labels of a data set and the words that stand for them in text."""
 
     natural: dict[str, str] = field(default_factory=dict)
-    """Entity types and roles: data set label -> natural label."""
+    """Entity types, roles, or classes: data set label -> natural label."""
     relations: dict[str, str] = field(default_factory=dict)
     """Relation types: data set label -> natural label."""
     slots: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -53,6 +57,8 @@ class Schema:
     """Data set label of the relation that says there is none."""
     values: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Dialogue: ``domain-slot`` -> values of the training split, for constrained generation."""
+    regression: bool = False
+    """Classification: labels are numbers."""
 
     def __post_init__(self) -> None:
         for table in (self.natural, self.relations):
@@ -87,7 +93,7 @@ class Parsed:
     relations: tuple[tuple[str, Span, Span], ...] = ()
     """Sorted set of (relation, head, tail)."""
     label: str | None = None
-    """Relation classification: the label, known or not."""
+    """Classification, of relations or texts: the label, known or not."""
     state: tuple[str, ...] = ()
     """Dialogue: sorted set of ``domain slot value``."""
     errors: frozenset[str] = frozenset()
@@ -96,7 +102,7 @@ class Parsed:
 
 @dataclass
 class Counts:
-    """Integer counts that add up over examples and ranks, whatever the order."""
+    """Counts that add up over examples and ranks, whatever the order."""
 
     examples: int = 0
     groups: dict[str, dict[str, list[int]]] = field(default_factory=dict)
@@ -105,6 +111,8 @@ class Counts:
     """Examples predicted without any fault."""
     errors: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ERRORS, 0))
     """Examples with each kind of error."""
+    pairs: list[tuple] = field(default_factory=list)
+    """Classification: (gold, predicted) of each example, in any order."""
 
     def __add__(self, other: Counts) -> Counts:
         zero = [0, 0, 0]
@@ -114,7 +122,7 @@ class Counts:
             groups[name] = {label: [x + y for x, y in zip(a.get(label, zero), b.get(label, zero), strict=True)]
                             for label in sorted(a.keys() | b.keys())}
         return Counts(self.examples + other.examples, groups, self.exact + other.exact,
-                      {e: self.errors[e] + other.errors[e] for e in ERRORS})
+                      {e: self.errors[e] + other.errors[e] for e in ERRORS}, self.pairs + other.pairs)
 
     def __iadd__(self, other: Counts) -> Counts:
         """In place: sums over many examples stay linear."""
@@ -125,6 +133,7 @@ class Counts:
                 into[label] = [a + b for a, b in zip(into.get(label, (0, 0, 0)), row, strict=True)]
         for name, value in other.errors.items():
             self.errors[name] += value
+        self.pairs += other.pairs
         return self
 
     def tally(self, group: str, gold: set, predicted: set, label_at: int | None) -> None:
@@ -185,7 +194,7 @@ class Task:
         raise NotImplementedError
 
     def metrics(self, counts: Counts) -> dict[str, float]:
-        """Flat metrics, all fractions between 0 and 1; those of ``error_rates`` included."""
+        """Flat metrics, all fractions between 0 and 1 (correlations: -1 and 1); those of ``error_rates`` included."""
         raise NotImplementedError
 
     def candidates(self, example: Example) -> dict[str, str]:
@@ -208,13 +217,14 @@ def error_rates(counts: Counts) -> dict[str, float]:
 
 def known_tasks() -> dict[str, type[Task]]:
     """Every task by name."""
+    from fishdip_ds.tasks.classification import Classification
     from fishdip_ds.tasks.dialogue import Dialogue
     from fishdip_ds.tasks.joint import Joint
     from fishdip_ds.tasks.ner import Ner
     from fishdip_ds.tasks.relation import Relation
     from fishdip_ds.tasks.srl import Srl
 
-    return {task.name: task for task in (Ner, Joint, Relation, Srl, Dialogue)}
+    return {task.name: task for task in (Ner, Joint, Relation, Srl, Dialogue, Classification)}
 
 
 def get_task(name: str, schema: Schema, scoring: Scoring | None = None) -> Task:

@@ -114,7 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     what = parser.add_argument_group("model and data")
     what.add_argument("--model", default=None,
-                      help="transformers name or folder, seq2seq or decoder-only (default: a small T5 shipped here)")
+                      help="transformers name or folder, seq2seq or decoder-only, or an encoder for classification "
+                      "(default: a small T5 shipped here)")
     add_data_flags(what)
     what.add_argument("--fraction", type=float, help="train on this share of the training set, 0 to 1")
     what.add_argument("--count", type=int, help="train on this many examples")
@@ -176,8 +177,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_data_flags(group: argparse._ArgumentGroup) -> None:
     """Flags that say which data, for training, evaluation and prediction alike."""
-    group.add_argument("--task", action="append", help="ner (default), joint_er, relation, srl or dst; several --task/--data "
-                       "pairs are trained together and scored one by one")
+    group.add_argument("--task", action="append", help="ner (default), joint_er, relation, srl, dst or classification; "
+                       "several --task/--data pairs are trained together and scored one by one")
     group.add_argument("--data", action="append", help="FOLDER of a known layout, READER:FOLDER, or demo, a generated corpus "
                        "(default); python -m fishdip_ds.data.convert --help lists readers")
     group.add_argument("--labels", type=Path, help="JSON file {label: natural name}; default: lower-cased labels")
@@ -187,6 +188,10 @@ def add_data_flags(group: argparse._ArgumentGroup) -> None:
                        "(default 256)")
     group.add_argument("--fewrel_reference_spans", action="store_true", help="FewRel: cut mentions to two tokens, as the "
                        "published loader does")
+    group.add_argument("--text_columns", nargs="+", default=(), metavar="NAME", help="classification: columns or keys of the "
+                       "text, or of both texts of a pair (default: by their usual names); numbers from 1 where a file has no "
+                       "head")
+    group.add_argument("--label_column", metavar="NAME", help="classification: column or key that holds the label")
     group.add_argument("--dst_score_empty", action="store_true", help="dialogue: let an empty predicted state be right where "
                        "the gold one is empty (the published scorer never does)")
 

@@ -17,6 +17,7 @@ from fishdip_ds.data.sampling import by_count, by_fraction, by_shots
 from fishdip_ds.data.text2text import Item, Text2TextDataset
 from fishdip_ds.errors import ConfigError
 from fishdip_ds.tasks.base import Example, Scoring, Task, get_task
+from fishdip_ds.training.heads import Head
 
 SPLITS = ("dev", "test")
 
@@ -35,11 +36,11 @@ class Corpus:
     data: dict[str, Text2TextDataset]
     """train, dev, test; filled by ``tokenise``."""
 
-    def tokenise(self, tokenizer, args: argparse.Namespace, *, causal: bool, prefixed: bool) -> None:
-        """Fill ``data``."""
+    def tokenise(self, tokenizer, args: argparse.Namespace, *, causal: bool, prefixed: bool, head: Head | None = None) -> None:
+        """Fill ``data``; of an encoder with a ``head``, with texts and label numbers."""
         limit = args.eval_limit or None
         rows = {"train": self.splits.train, "dev": self.splits.dev[:limit], "test": self.splits.test[:limit]}
-        self.data = {split: Text2TextDataset(
+        self.data = {split: head.dataset(examples, tokenizer, args.max_input_length) if head else Text2TextDataset(
             examples, self.task, tokenizer, max_input_length=args.max_input_length, causal=causal,
             max_target_length=args.max_target_length, prefix=f"{self.name} : " if prefixed else "")
             for split, examples in rows.items()}
@@ -79,7 +80,8 @@ def pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def _load(args: argparse.Namespace, task: str, data: str, name: str) -> Corpus:
-    splits = load_dataset(data, task, labels=args.labels, fewrel_reference_spans=args.fewrel_reference_spans)
+    splits = load_dataset(data, task, labels=args.labels, fewrel_reference_spans=args.fewrel_reference_spans,
+                          text_columns=args.text_columns, label_column=args.label_column)
     full = len(splits.train)
     if args.ways is not None:
         splits = _episode(splits, task, args)

@@ -137,7 +137,6 @@ def worst_examples(task: Task, examples: Sequence[Example], outputs: Sequence[st
 def evaluate_model(argv: Sequence[str]) -> None:
     """Score a model on a split. **Collective.**"""
     args = build_parser().parse_args(argv)
-    from fishdip_ds.data.text2text import Text2TextDataset
     from fishdip_ds.distributed import close_distributed, init_distributed
     from fishdip_ds.training.arguments import decoding
     from fishdip_ds.training.evaluation import evaluate
@@ -149,15 +148,16 @@ def evaluate_model(argv: Sequence[str]) -> None:
         raise ConfigError(f'--split is {args.split!r}{nearest(args.split, ("train", "dev", "test"))}')
     data = (args.data or ["demo"])[-1]
     info = read_task(args.from_run or Path(args.model or ""), (args.task or [None])[-1])
-    splits = load_dataset(data, info.task.name, labels=args.labels, fewrel_reference_spans=args.fewrel_reference_spans)
+    splits = load_dataset(data, info.task.name, labels=args.labels, fewrel_reference_spans=args.fewrel_reference_spans,
+                          text_columns=args.text_columns, label_column=args.label_column)
     unknown = (set(splits.schema.natural) - set(info.task.schema.natural)) | (
         set(splits.schema.relations) - set(info.task.schema.relations))
     scoring = Scoring(dst_reference_empty=not args.dst_score_empty)
     task = get_task(info.task.name, splits.schema if unknown else info.task.schema, scoring)
-    writer = load_writer(args, comm)
+    writer = load_writer(args, comm, info.task)
     examples = getattr(splits, args.split)[: args.eval_limit or None]
-    dataset = Text2TextDataset(examples, task, writer.tokenizer, max_input_length=args.max_input_length,
-                               max_target_length=args.max_target_length, causal=writer.collator.causal, prefix=info.prefix)
+    dataset = writer.dataset(examples, task, max_input_length=args.max_input_length,
+                             max_target_length=args.max_target_length, prefix=info.prefix)
     outcome = evaluate(writer.module, dataset, task, writer.tokenizer, writer.collator, comm, decoding(args),
                        in_step=writer.in_step)
     if comm.rank == 0:

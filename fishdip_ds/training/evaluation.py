@@ -1,4 +1,4 @@
-"""Scores by generation or by the likelihood of candidates, shared out over all ranks."""
+"""Scores by generation, by the likelihood of candidates or by a classifier's head, shared out over all ranks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from fishdip_ds.data.encoded import EncodedCollator, EncodedDataset
 from fishdip_ds.data.text2text import Collator, Text2TextDataset
 from fishdip_ds.distributed import Comm
 from fishdip_ds.errors import ConfigError
 from fishdip_ds.selection.losses import sample_losses, shifts_labels
 from fishdip_ds.tasks.base import Counts, Task
 from fishdip_ds.training.constrained import allowed_tokens, pieces_of
+from fishdip_ds.training.heads import choose
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(module: nn.Module, dataset: Text2TextDataset, task: Task, tokenizer, collator: Collator, comm: Comm,
-             decoding: Decoding, *, in_step: bool = True) -> Evaluation:
+def evaluate(module: nn.Module, dataset: Text2TextDataset | EncodedDataset, task: Task, tokenizer,
+             collator: Collator | EncodedCollator, comm: Comm, decoding: Decoding, *, in_step: bool = True) -> Evaluation:
     """Outputs for every example, and their scores. **Collective.**
 
     Batches are cut from the whole split sorted by length and dealt to ranks, so that outputs do not depend on
@@ -72,7 +74,8 @@ def evaluate(module: nn.Module, dataset: Text2TextDataset, task: Task, tokenizer
     return Evaluation(task.metrics(total), total, [outputs[i] for i in range(len(dataset))])
 
 
-def _batches(dataset: Text2TextDataset, size: int, comm: Comm, in_step: bool) -> Iterator[tuple[list[int], bool]]:
+def _batches(dataset: Text2TextDataset | EncodedDataset, size: int, comm: Comm,
+             in_step: bool) -> Iterator[tuple[list[int], bool]]:
     """(sample ids, whether they are this rank's own) of each pass of this rank."""
     order = sorted(range(len(dataset)), key=lambda i: (-len(dataset[i].get("prompt_ids", dataset[i]["input_ids"])), i))
     batches = [order[at : at + size] for at in range(0, len(order), size)]
@@ -84,9 +87,14 @@ def _batches(dataset: Text2TextDataset, size: int, comm: Comm, in_step: bool) ->
             yield batches[0], False
 
 
-def write_outputs(module: nn.Module, dataset: Text2TextDataset, ids: list[int], task: Task, tokenizer, collator: Collator,
-                  decoding: Decoding, *, synced: bool = False) -> list[str]:
+def write_outputs(module: nn.Module, dataset: Text2TextDataset | EncodedDataset, ids: list[int], task: Task, tokenizer,
+                  collator: Collator | EncodedCollator, decoding: Decoding, *, synced: bool = False) -> list[str]:
     """Outputs for the examples ``ids`` of ``dataset``. **Collective** if the weights are sharded."""
+    if isinstance(collator, EncodedCollator):
+        if decoding.likelihood or decoding.constrained:
+            raise ConfigError("an encoder chooses a label by its head; leave --likelihood and --constrained out.")
+        batch = collator([dataset[i] for i in ids])
+        return choose(module, {k: v.to(_device()) for k, v in batch.items()}, task)
     if decoding.likelihood is not None:
         return _most_likely(module, dataset, ids, task, tokenizer, collator, decoding)
     device = _device()

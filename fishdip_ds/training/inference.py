@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +13,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fishdip_ds.checkpoint.apply import apply_checkpoint
-from fishdip_ds.data.text2text import Collator
+from fishdip_ds.data.encoded import EncodedCollator, EncodedDataset
+from fishdip_ds.data.text2text import Collator, Text2TextDataset
 from fishdip_ds.distributed import Comm
 from fishdip_ds.ds_config import resolve
 from fishdip_ds.errors import ConfigError
-from fishdip_ds.training.models import load_model, load_plain_model, load_tokenizer
+from fishdip_ds.strategies.registry import STOCK
+from fishdip_ds.tasks.base import Example, Task
+from fishdip_ds.training.heads import Head, collator_for, head_for
+from fishdip_ds.training.models import load_config, load_model, load_plain_model, load_tokenizer
 
 
 @dataclass
@@ -25,9 +30,19 @@ class Writer:
 
     module: nn.Module
     tokenizer: PreTrainedTokenizerBase
-    collator: Collator
+    collator: Collator | EncodedCollator
     in_step: bool
     """The weights are sharded: all ranks run the same passes."""
+    head: Head | None
+    """Of an encoder."""
+
+    def dataset(self, examples: Sequence[Example], task: Task, *, max_input_length: int, max_target_length: int,
+                prefix: str) -> Text2TextDataset | EncodedDataset:
+        """``examples`` as this model reads them."""
+        if self.head:
+            return self.head.dataset(examples, self.tokenizer, max_input_length)
+        return Text2TextDataset(examples, task, self.tokenizer, max_input_length=max_input_length, prefix=prefix,
+                                max_target_length=max_target_length, causal=self.collator.causal)
 
 
 def add_model_flags(group: argparse._ArgumentGroup) -> None:
@@ -41,45 +56,49 @@ def add_model_flags(group: argparse._ArgumentGroup) -> None:
                        "fp32)")
 
 
-def load_writer(args: argparse.Namespace, comm: Comm) -> Writer:
-    """The model that the flags name. **Collective.**
+def load_writer(args: argparse.Namespace, comm: Comm, task: Task) -> Writer:
+    """The model that the flags name, for ``task``. **Collective.**
 
     Raises:
         ConfigError: not exactly one of --from_run and --model, or a run whose checkpoint is not of this engine.
     """
     if (args.from_run is None) == (args.model is None):
         raise ConfigError("give either --from_run, the folder of a run, or --model, a transformers name or folder.")
-    name, bf16 = args.model, args.bf16
+    name, bf16, seed = args.model, args.bf16, 0
     if args.from_run is not None:
         try:
             config = json.loads((args.from_run / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{args.from_run} is no folder of a run: config.json cannot be read ({error}).") from None
         name = config["flags"]["model"]
+        seed = config["deepspeed"]["fishdip"]["seed"]
         bf16 = bool(config["deepspeed"].get("bf16", {}).get("enabled"))
-        if config["deepspeed"]["fishdip"]["strategy"] in ("full", "lora"):
+        if config["deepspeed"]["fishdip"]["strategy"] in STOCK:
             raise ConfigError(f"the checkpoints of {args.from_run} are stock DeepSpeed's; run it with --export and give "
                               f"--model {args.from_run / 'model'}.")
     tokenizer = load_tokenizer(name)
     dtype = torch.bfloat16 if bf16 else torch.float32
+    head = head_for(load_config(name), [task], args, seed)
     if args.sharded:
-        module = _sharded(args, name, bf16, comm)
+        module = _sharded(args, name, bf16, comm, head)
     else:
-        module = load_plain_model(name, dtype)
+        module = load_plain_model(name, dtype, head)
         if args.from_run is not None:
             apply_checkpoint(module, args.from_run / "checkpoints", args.tag)
         module.to(_device())
+    if head:
+        return Writer(module.eval(), tokenizer, collator_for(module, tokenizer), args.sharded, head)
     collator = Collator(tokenizer.pad_token_id, causal=not module.config.is_encoder_decoder)
-    return Writer(module.eval(), tokenizer, collator, args.sharded)
+    return Writer(module.eval(), tokenizer, collator, args.sharded, None)
 
 
-def _sharded(args: argparse.Namespace, name: str | None, bf16: bool, comm: Comm) -> nn.Module:
+def _sharded(args: argparse.Namespace, name: str | None, bf16: bool, comm: Comm, head: Head | None) -> nn.Module:
     from fishdip_ds.zero3.partition import partition
 
     if args.from_run is not None:
         raise ConfigError("--sharded reads an exported model; train with --export and give --model RUN/model.")
     run = resolve({"bf16": {"enabled": bf16}, "zero_optimization": {"stage": 3}}, comm.world)
-    return partition(load_model(name, run), run.ds).module
+    return partition(load_model(name, run, head=head), run.ds).module
 
 
 def _device() -> torch.device:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from fishdip_ds.ds_config import RunConfig
 from fishdip_ds.errors import ConfigError
+from fishdip_ds.training.heads import Head, start_head
 
 
 def embedded_model() -> Path:
@@ -29,48 +30,58 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(name: str | None, run: RunConfig, *, gradient_checkpointing: bool = False) -> nn.Module:
-    """A seq2seq or decoder-only model, sharded while it is read (never a whole copy per rank). **Collective.**
+def load_config(name: str | None) -> PretrainedConfig:
+    """The transformers configuration of a model."""
+    from transformers import AutoConfig
+
+    return _from_hub(AutoConfig.from_pretrained, name or embedded_model())
+
+
+def load_model(name: str | None, run: RunConfig, *, gradient_checkpointing: bool = False,
+               head: Head | None = None) -> nn.Module:
+    """A seq2seq or decoder-only model, or an encoder with a ``head``, sharded while it is read (never a whole copy per
+    rank). **Collective.**
 
     Parameters come in bf16 if the configuration enables it, else in fp32.
 
     Raises:
         ConfigError: naming the model that cannot be loaded, and why.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.integrations import HfDeepSpeedConfig
 
-    source = name or embedded_model()
-    config = _from_hub(AutoConfig.from_pretrained, source)
-    factory = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     dtype = torch.bfloat16 if run.ds.get("bf16", {}).get("enabled") else torch.float32
     keep = HfDeepSpeedConfig({k: v for k, v in run.ds.items() if k != "fishdip"})  # noqa: F841  alive while loading
     logging.getLogger("transformers.integrations.deepspeed").setLevel(logging.ERROR)
-    model = _from_hub(factory.from_pretrained, source, dtype=dtype)
+    model = load_plain_model(name, dtype, head)
     if gradient_checkpointing:
         model.config.use_cache = False
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
-def load_plain_model(name: str | None, dtype: torch.dtype) -> nn.Module:
-    """A seq2seq or decoder-only model on the cpu, unsharded, in ``dtype``. Local.
+def load_plain_model(name: str | None, dtype: torch.dtype, head: Head | None = None) -> nn.Module:
+    """A seq2seq or decoder-only model, or an encoder with a ``head``, on the cpu, unsharded, in ``dtype``. Local.
 
     Raises:
         ConfigError: naming the model that cannot be loaded, and why.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
     source = name or embedded_model()
-    config = _from_hub(AutoConfig.from_pretrained, source)
-    factory = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if head is not None:
+        logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)  # it reports the missing head at length
+        model, info = _from_hub(AutoModelForSequenceClassification.from_pretrained, source, dtype=dtype,
+                                output_loading_info=True, **head.options())
+        start_head(model, info["missing_keys"], head.seed)
+        return model
+    factory = AutoModelForSeq2SeqLM if load_config(name).is_encoder_decoder else AutoModelForCausalLM
     return _from_hub(factory.from_pretrained, source, dtype=dtype)
 
 
 def _from_hub(load, source: str | Path, **options: object):
     try:
         return load(source, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
         raise ConfigError(f"cannot load {source}: {reason} Give the folder of a transformers model, or a hub name "
                           "on a machine that reaches the hub.") from None

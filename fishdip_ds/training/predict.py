@@ -14,7 +14,6 @@ import torch
 from tqdm import tqdm
 
 from fishdip_ds.data.readers.neutral import from_row
-from fishdip_ds.data.text2text import Text2TextDataset
 from fishdip_ds.distributed import Comm, close_distributed, init_distributed
 from fishdip_ds.errors import DataError, FishdipError
 from fishdip_ds.tasks.base import Example, Parsed, Task
@@ -28,7 +27,7 @@ EPILOG = """examples:
   python launch/predict.py --model runs/srl-fish_dip/model --input sentences.jsonl --output roles.jsonl --constrained
 
 JSON lines hold "text" (spans are then character offsets) or "tokens" (spans are token indices), and what the task's input
-needs: "predicate" for srl, "head" and "tail" for relation, "history" (a list of utterances) for dst.
+needs: "predicate" for srl, "head" and "tail" for relation, "history" (a list of utterances) for dst, "text2" for pairs.
 """
 _WORD = re.compile(r"\w+(?:[-.'’]\w+)*|[^\w\s]")
 Offsets = list[tuple[int, int]]
@@ -58,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     info = read_task(args.from_run or Path(args.model or ""), args.task)
     args.max_input_length = args.max_input_length or info.max_input_length
     args.max_target_length = args.max_target_length or info.max_target_length
-    writer = load_writer(args, comm)
+    writer = load_writer(args, comm, info.task)
     source, sink = (_open(args.input, "r"), _open(args.output, "w")) if comm.rank == 0 else (None, None)
     bar = tqdm(unit=" texts", file=sys.stderr, disable=comm.rank != 0 or (args.output == "-" and sys.stderr.isatty()))
     for results in _annotate(source, args, info, writer, comm):
@@ -139,6 +138,9 @@ def read_line(line: str, task: Task, where: str, json_lines: bool) -> Row:
             raise DataError(f"{where}: not JSON ({error.msg}); mend that line.") from None
     if task.name == "dst":
         return from_row("dst", row, where, gold=False), "", []
+    if task.name == "classification":
+        example = from_row(task.name, row, where, gold=False)
+        return example, " ".join(example.texts), []
     if "tokens" in row:
         text, offsets = " ".join(row["tokens"]), []
         at = 0
@@ -171,9 +173,8 @@ def annotate(rows: Sequence[Row], info: TaskInfo, writer: Writer, options: Decod
         annotate(rows, info, writer, options, max_input_length)
         return []
     blank = _Inputs(info.task)
-    dataset = Text2TextDataset([example for example, _, _ in rows], blank, writer.tokenizer, prefix=info.prefix,
-                               max_input_length=max_input_length, max_target_length=options.max_length,
-                               causal=writer.collator.causal)
+    dataset = writer.dataset([example for example, _, _ in rows], blank, max_input_length=max_input_length,
+                             max_target_length=options.max_length, prefix=info.prefix)
     outputs = write_outputs(writer.module, dataset, list(range(len(rows))), info.task, writer.tokenizer, writer.collator,
                             options, synced=writer.in_step)
     return [to_json(info.task, row, output) for row, output in zip(rows, outputs, strict=True)]
@@ -206,6 +207,8 @@ def to_json(task: Task, row: Row, output: str) -> dict:
     result: dict = {"id": example.id, **({"text": text} if text else {"history": list(example.history)})}
     if task.name == "dst":
         result["state"] = list(parsed.state)
+    elif task.name == "classification":
+        result["label"] = float(output) if task.schema.regression else label_of.get(parsed.label)
     elif task.name == "relation":
         result["relation"] = relation_of.get(parsed.label)
     else:

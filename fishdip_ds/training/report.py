@@ -46,7 +46,7 @@ def seeds_table(runs: Mapping[int, Mapping[str, Mapping[str, float]]], headline:
 
 def next_steps(args: argparse.Namespace, checkpoint: Path, steps: int) -> str:
     """Commands worth trying after a run."""
-    command = f"deepspeed launch/train.py --ds_config {args.ds_config}"
+    command = f"deepspeed launch/train.py --ds_config {args.ds_config}" + (f" --model {args.model}" if args.model else "")
     pairs = "" if args.data == ["demo"] and args.task == ["ner"] else "".join(
         [*(f" --task {t}" for t in args.task), *(f" --data {d}" for d in args.data)])
     return (f"\ncheckpoint  {checkpoint}\nscores      {args.output / 'results.json'}\n\nwhat to try next\n"

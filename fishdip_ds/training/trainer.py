@@ -18,7 +18,8 @@ from fishdip_ds.selector import SelectionReport
 from fishdip_ds.training.arguments import Job, decoding, fills
 from fishdip_ds.training.corpus import SPLITS, Corpus, Mixture, load_corpora, write_splits
 from fishdip_ds.training.evaluation import evaluate
-from fishdip_ds.training.models import load_model, load_tokenizer
+from fishdip_ds.training.heads import collator_for, head_for
+from fishdip_ds.training.models import load_config, load_model, load_tokenizer
 from fishdip_ds.training.report import next_steps, score_table
 from fishdip_ds.training.taskfile import write_tasks
 
@@ -37,14 +38,15 @@ class Trainer:
         samples = sum(len(c.splits.train) for c in self.corpora)
         self.max_steps = self.args.max_steps or self.args.epochs * math.ceil(samples / self.run.global_batch)
         self.run = resolve(job.ds, comm.world, {**fills(job.args), "scheduler.params.total_num_steps": self.max_steps})
-        model = load_model(self.args.model, self.run, gradient_checkpointing=self.args.gradient_checkpointing)
-        self.causal = not model.config.is_encoder_decoder
+        head = head_for(load_config(self.args.model), [c.task for c in self.corpora], self.args, self.run.fishdip.seed)
+        model = load_model(self.args.model, self.run, gradient_checkpointing=self.args.gradient_checkpointing, head=head)
+        self.causal = head is None and not model.config.is_encoder_decoder
         for corpus in self.corpora:
-            corpus.tokenise(self.tokenizer, self.args, causal=self.causal, prefixed=len(self.corpora) > 1)
+            corpus.tokenise(self.tokenizer, self.args, causal=self.causal, prefixed=len(self.corpora) > 1, head=head)
             for remark in corpus.remarks(self.args):
                 self.say(remark)
         self.train_data = Mixture([c.data["train"] for c in self.corpora], self.args.temperature)
-        self.collator = self._collator()
+        self.collator = collator_for(model, self.tokenizer) if head else self._collator()
         self.engine, _, self.loader, _ = fishdip_ds.initialize(
             model, self.run.ds, self.train_data, self.collator, lr_scheduler=self._scheduler(), total_steps=self.max_steps)
         self.engine.on_refresh = self._tell_refresh

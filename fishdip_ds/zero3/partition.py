@@ -102,3 +102,13 @@ def gathered(params: list[nn.Parameter]):
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(params, modifier_rank=None)
+
+
+def written(params: list[nn.Parameter]):
+    """Context in which ``params`` hold their full values and may be changed; rank 0's changes count. **Collective.**
+
+    Parameters that are not sharded are left as they are: each process changes its own.
+    """
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(params, modifier_rank=0)

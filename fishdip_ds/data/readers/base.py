@@ -26,6 +26,10 @@ class ReadOptions:
     known_from: str = "the label map"
     fewrel_reference_spans: bool = False
     """FewRel: cut mentions to their first two tokens, as the published loader does."""
+    text_columns: tuple[str, ...] = ()
+    """Classification: columns or keys of the text, or of both; empty: by convention."""
+    label_column: str | None = None
+    """Classification: column or key of the label; None: by convention."""
 
 
 @dataclass

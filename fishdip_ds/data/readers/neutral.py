@@ -8,6 +8,7 @@ joint_er: tokens, entities, relations [{type, head, tail}, ...] with positions i
 relation: tokens, head [start, end], tail [start, end], relation
 srl: tokens, predicate [start, end], arguments [[start, end, role], ...]
 dst: history [utterance, ...] (user first, taking turns), state [[domain, slot, value], ...] or ["domain-slot-value", ...]
+classification: text (and text2), label; other names that are known are in ``fishdip_ds/data/readers/classification.py``
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fishdip_ds.data.readers.base import Part, ReadOptions, read_json_lines
+from fishdip_ds.data.readers.classification import from_values
 from fishdip_ds.errors import DataError
 from fishdip_ds.tasks.base import Example
 
@@ -28,13 +30,13 @@ def read_jsonl(task: str):
     """A read function for the neutral files of ``task``."""
 
     def read(paths: list[Path], options: ReadOptions) -> Part:
-        return Part([from_row(task, row, f"{path}, line {number}") for path in paths
+        return Part([from_row(task, row, f"{path}, line {number}", options=options) for path in paths
                      for number, row in read_json_lines(path)])
 
     return read
 
 
-def from_row(task: str, row: dict, where: str, *, gold: bool = True) -> Example:
+def from_row(task: str, row: dict, where: str, *, gold: bool = True, options: ReadOptions | None = None) -> Example:
     """One neutral object as an example.
 
     Args:
@@ -44,6 +46,8 @@ def from_row(task: str, row: dict, where: str, *, gold: bool = True) -> Example:
     Raises:
         DataError: naming the key that is missing or malformed.
     """
+    if task == "classification":
+        return from_values(row, where.rpartition(" ")[2], where, options or ReadOptions(), gold=gold)
     inputs = {"relation": ("head", "tail"), "srl": ("predicate",), "dst": ("history",)}.get(task, ())
     for key in KEYS[task] if gold else inputs:
         if key not in row:
@@ -99,6 +103,9 @@ def to_row(task: str, example: Example) -> dict:
     row: dict = {"id": example.id, **({"group": example.group} if example.group else {})}
     if task == "dst":
         return {**row, "history": list(example.history), "state": [list(entry) for entry in example.state]}
+    if task == "classification":
+        names = ("text", "text2")[: len(example.texts)]
+        return {**row, **dict(zip(names, example.texts, strict=True)), "label": example.label}
     row["tokens"] = list(example.tokens)
     if task == "relation":
         head, relation, tail = example.relations[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 from fishdip_ds.config import nearest
 from fishdip_ds.data.readers import dialogues, relations, roles, slots
 from fishdip_ds.data.readers.base import SPLITS, Names, Part, Reader, ReadOptions, read_json
+from fishdip_ds.data.readers.classification import read_subj, read_tsv
 from fishdip_ds.data.readers.columns import read_columns
 from fishdip_ds.data.readers.neutral import read_jsonl
 from fishdip_ds.errors import ConfigError, DataError
@@ -68,6 +69,10 @@ _ALL = [
            lambda _: Names(slots=dialogues.MULTIWOZ_SLOTS), "WOZ 2.0"),
     Reader("sgd", ("dst",), {s: (f"{s}/dialogues_*.json.gz", f"{s}/dialogues_*.json") for s in SPLITS},
            dialogues.read_sgd, dialogues.sgd_names, "Schema-Guided Dialogue"),
+    Reader("subj", ("classification",), {"train": ("subjectivity.zip", "*.tok.gt9.5000")}, read_subj,
+           about="subjectivity data set v1.0"),
+    Reader("tsv", ("classification",), {"train": ("train.tsv",), "dev": ("dev.tsv", "dev_matched.tsv", "valid.tsv"),
+                                        "test": ("test.tsv",)}, read_tsv, about="a row per line, columns apart by tabs"),
     Reader("conll", ("ner",), _COLUMNS, _columns, about="columns: token first, label last; BIO, BIOES or IO"),
 ]
 READERS: dict[str, Reader] = {reader.name: reader for reader in _ALL}

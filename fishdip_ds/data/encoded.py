@@ -1,0 +1,72 @@
+"""Texts with a label for an encoder with a head: token ids, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from fishdip_ds.data.text2text import pad
+from fishdip_ds.errors import ConfigError, DataError
+from fishdip_ds.selection.losses import IGNORE
+from fishdip_ds.tasks.base import Example
+
+
+class EncodedDataset(Dataset):
+    """Tokenised texts or pairs of a classification task; an item's index is its sample id.
+
+    Items have what the tokenizer gives (``input_ids``, perhaps ``token_type_ids``) and ``labels``: the position of the label
+    in ``labels`` (-100 for one that is not there), or a float where ``labels`` is empty (regression). Texts over
+    the limit are cut at the end, of a pair the longer one, and counted in ``cut_inputs``.
+
+    Raises:
+        DataError: without examples. ConfigError: for a limit below 1.
+    """
+
+    cut_targets = unwritable = 0
+
+    def __init__(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_input_length: int,
+                 labels: Sequence[str]) -> None:
+        if not examples:
+            raise DataError("a split is empty; give at least one example.")
+        if max_input_length < 1:
+            raise ConfigError(f"a limit of {max_input_length} input tokens; give at least 1.")
+        self.examples = list(examples)
+        columns = list(zip(*(e.texts for e in self.examples), strict=True))
+        rows = tokenizer(*map(list, columns), truncation=True, max_length=max_input_length)
+        whole = tokenizer(*map(list, columns))["input_ids"]
+        self.cut_inputs = sum(len(ids) > max_input_length for ids in whole)
+        place = {label: i for i, label in enumerate(labels)}
+        keys = [key for key in rows if key != "attention_mask"]
+        self._items = [{**{key: rows[key][i] for key in keys},
+                        "labels": place.get(e.label, IGNORE) if place else float(e.label or 0)}
+                       for i, e in enumerate(self.examples)]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> dict:
+        return self._items[index]
+
+
+@dataclass(frozen=True)
+class EncodedCollator:
+    """Pads items on the right: int64 [B, T] on the cpu, and ``labels`` [B], int64 or of ``number_dtype``."""
+
+    pad_id: int
+    number_dtype: torch.dtype = torch.float32
+    """Of regression labels: the model's own, or its loss could not be taken back through."""
+    causal = False
+
+    def __call__(self, items: Sequence[dict]) -> dict[str, torch.Tensor]:
+        batch = {}
+        for key in items[0]:
+            if key != "labels":
+                fill = self.pad_id if key == "input_ids" else 0
+                batch[key], mask = pad([i[key] for i in items], fill, 0)
+                batch["attention_mask"] = mask
+        labels = torch.tensor([i["labels"] for i in items])
+        return {**batch, "labels": labels.to(self.number_dtype) if labels.is_floating_point() else labels}

@@ -1,0 +1,98 @@
+"""Encoders with a classification head that starts at random: the same head for any number of ranks, and without them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from fishdip_ds.data.encoded import EncodedCollator, EncodedDataset
+from fishdip_ds.errors import ConfigError
+from fishdip_ds.selection.rng import mix
+from fishdip_ds.tasks.base import Example, Task
+from fishdip_ds.zero3.partition import written
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a classifier chooses from."""
+
+    labels: tuple[str, ...]
+    """As the data set names them, in the order of the logits; empty: a number is predicted."""
+    seed: int
+    """Of the weights that the pretrained model lacks."""
+
+    def dataset(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase,
+                max_input_length: int) -> EncodedDataset:
+        """``examples`` for this head."""
+        return EncodedDataset(examples, tokenizer, max_input_length=max_input_length, labels=self.labels)
+
+    def options(self) -> dict[str, object]:
+        """What ``from_pretrained`` of a model for sequence classification takes."""
+        names = dict(enumerate(self.labels or ("value",)))
+        return {"num_labels": len(names), "id2label": names, "label2id": {label: i for i, label in names.items()},
+                "problem_type": "single_label_classification" if self.labels else "regression"}
+
+
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether a model reads texts but writes none: it was trained on masked words, not to go on."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    written = any(name.endswith(("CausalLM", "LMHeadModel")) for name in getattr(config, "architectures", None) or ())
+    return (config.model_type in MASKED and not config.is_encoder_decoder and not getattr(config, "is_decoder", False)
+            and not written)
+
+
+def head_for(config: PretrainedConfig, tasks: Sequence[Task], args: argparse.Namespace, seed: int) -> Head | None:
+    """The head that a run needs; None for a text-to-text model. A head that the model has keeps its order of labels.
+
+    Raises:
+        ConfigError: an encoder for what needs text as output, for several data sets, or for texts longer than it has
+            positions.
+    """
+    if not is_encoder(config):
+        return None
+    if len(tasks) != 1 or tasks[0].name != "classification":
+        raise ConfigError(f"{args.model} is an encoder, which writes no text: it can be trained on one data set with --task "
+                          "classification; give an encoder-decoder or decoder-only model for anything else.")
+    limit = getattr(config, "max_position_embeddings", None) or args.max_input_length
+    if args.max_input_length > limit:
+        raise ConfigError(f"--max_input_length is {args.max_input_length}, but {args.model} has {limit} positions; lower it.")
+    schema = tasks[0].schema
+    if schema.regression:
+        return Head((), seed)
+    own = tuple((config.id2label or {}).values())
+    return Head(own if set(own) == set(schema.natural) else tuple(schema.natural), seed)
+
+
+@torch.no_grad()
+def start_head(model: nn.Module, missing: Iterable[str], seed: int) -> None:
+    """Draw the matrices ``missing`` from the pretrained model anew, each from a stream of its own. **Collective**
+    if the model is sharded. Vectors (biases, norms) keep the constants that they start from.
+    """
+    params = dict(model.named_parameters())
+    std = getattr(model.config, "initializer_range", None) or 0.02
+    for name in sorted(set(missing) & params.keys()):
+        with written([params[name]]):
+            if params[name].dim() > 1:
+                stream = torch.Generator().manual_seed(mix(seed, *name.encode()))
+                params[name].copy_(torch.randn(params[name].shape, generator=stream) * std)
+
+
+def collator_for(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> EncodedCollator:
+    """Batches for ``model``."""
+    return EncodedCollator(tokenizer.pad_token_id, next(p.dtype for p in model.parameters() if p.is_floating_point()))
+
+
+@torch.no_grad()
+def choose(module: nn.Module, batch: dict[str, torch.Tensor], task: Task) -> list[str]:
+    """The natural label with the largest logit for each row (ties to the first), or the number. **Collective** if sharded."""
+    logits = module(**{key: value for key, value in batch.items() if key != "labels"}).logits.float().cpu()
+    if task.schema.regression:
+        return [repr(value) for value in logits.view(-1).tolist()]
+    labels = [module.config.id2label[i] for i in logits.argmax(-1).tolist()]
+    return [task.schema.natural.get(label, label) for label in labels]
