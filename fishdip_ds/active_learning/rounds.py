@@ -25,6 +25,7 @@ from fishdip_ds.errors import ConfigError, FishdipError, Stopped
 from fishdip_ds.selection.rng import mix
 
 if TYPE_CHECKING:
+    from fishdip_ds.distributed import Comm
     from fishdip_ds.engine import Engine
 
 Record = dict
@@ -67,6 +68,7 @@ class Rounds:
         folder: of ``round-01.json`` and so on.
         evaluate: test scores of the engine's model at the end of a round. What it returns is recorded and used for nothing.
         schedule: optimizer steps of a round -> a function that makes its learning-rate schedule.
+        headline: name of the score that matters most; recorded.
         classes: class of each example, for a stratified warm start.
         probe: scorer of examples on which trained layers are compared with the base's (linear CKA); None: no comparison.
         on_round: called with each record, old and new, on every rank.
@@ -74,13 +76,13 @@ class Rounds:
 
     def __init__(self, engine: Engine, dataset: Sequence, scorer: PoolScorer, query: str, protocol: Protocol, folder: Path, *,
                  evaluate: Callable[[], dict[str, float]], schedule: Callable[[int], Callable[[], object]],
-                 classes: Sequence[str] | None = None, probe: PoolScorer | None = None,
+                 headline: str = "", classes: Sequence[str] | None = None, probe: PoolScorer | None = None,
                  on_round: Callable[[Record], None] = lambda record: None) -> None:
         if protocol.stratified and classes is None:
             raise ConfigError("a stratified warm start needs one class for each example; leave it out for sequence labeling.")
         self.engine, self.dataset, self.scorer, self.probe = engine, dataset, scorer, probe
         self.name, self.query, self.protocol, self.folder = query, get_query(query), protocol, folder
-        self.evaluate, self.schedule, self.on_round = evaluate, schedule, on_round
+        self.evaluate, self.schedule, self.on_round, self.headline = evaluate, schedule, on_round, headline
         self.pool = Pool(len(dataset))
         self.pool.acquire(warm_start(len(dataset), protocol.warm_start, protocol.seed,
                                      classes if protocol.stratified else None))
@@ -111,7 +113,7 @@ class Rounds:
         record: Record = {
             "query": self.name, "seed": self.protocol.seed, "round": number, "labelled": len(labelled),
             "labelled_ids": labelled, "steps": self.engine.global_steps, "train_loss": self.engine.last.loss,
-            "scores": self.evaluate()}
+            "headline": self.headline, "scores": self.evaluate()}
         if self.protocol.follow:
             record["dynamics"] = dynamics(labelled, table)
         if self.probe is not None:
@@ -164,21 +166,9 @@ class Rounds:
 
     # ---- files -----------------------------------------------------------------------------------------
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"round-{number:02d}.json"
-
     def _finished(self) -> list[Record]:
         """Records of the rounds that are done, as rank 0 finds them; the pool follows them."""
-        comm, records, error = self.engine.comm, [], None
-        if comm.rank == 0:
-            try:
-                while len(records) < self.protocol.rounds and self._path(len(records) + 1).is_file():
-                    path = self._path(len(records) + 1)
-                    records.append(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError) as broken:
-                error = FishdipError(f"{path} cannot be read ({broken}); delete it to run that round again.")
-        comm.raise_together(error)
-        records = comm.gather_objects(records)[0]
+        records = read_records(self.folder, self.protocol.rounds, self.engine.comm)
         if records and len(records) < self.protocol.rounds and not records[-1]["acquired"] and (
                 records[-1]["labelled"] < len(self.dataset)):
             records.pop()  # it was the last round of a shorter run and asked for nothing: run it again, and ask
@@ -186,15 +176,15 @@ class Rounds:
             if at:
                 self.pool.acquire(records[at - 1]["acquired"])
             if record["labelled_ids"] != self.pool.labelled:
-                raise FishdipError(f"{self._path(at + 1)} was run on other labels than this run would use; delete the folder "
-                                   f"{self.folder} or choose another.")
+                raise FishdipError(f"{_path(self.folder, at + 1)} was run on other labels than this run would use; delete "
+                                   f"the folder {self.folder} or choose another.")
         return records
 
     def _write(self, number: int, record: Record) -> None:
         """Whole or not at all."""
         error = None
         if self.engine.comm.rank == 0:
-            path = self._path(number)
+            path = _path(self.folder, number)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 aside = path.with_suffix(".partial")
@@ -204,6 +194,23 @@ class Rounds:
                 error = FishdipError(f"could not write {path} ({broken}); free space or choose another folder, then start the "
                                      "same command again: finished rounds are kept.")
         self.engine.comm.raise_together(error)
+
+
+def read_records(folder: Path, rounds: int, comm: Comm) -> list[Record]:
+    """Records of the rounds that are done, at most ``rounds``, as rank 0 finds them. **Collective.**"""
+    records, error = [], None
+    if comm.rank == 0:
+        try:
+            while len(records) < rounds and (path := _path(folder, len(records) + 1)).is_file():
+                records.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as broken:
+            error = FishdipError(f"{path} cannot be read ({broken}); delete it to run that round again.")
+    comm.raise_together(error)
+    return comm.gather_objects(records)[0]
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"round-{number:02d}.json"
 
 
 def dynamics(ids: Sequence[int], table: Sequence[dict[str, torch.Tensor]]) -> dict[str, list]:

@@ -7,7 +7,7 @@ are never looked at: a classifier sees none, and a sequence model reads its own 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,7 +43,8 @@ class ScoringOptions:
 
     def __post_init__(self) -> None:
         if self.seq_uncertainty not in SEQ_UNCERTAINTIES:
-            raise ConfigError(f"unknown seq_uncertainty {self.seq_uncertainty!r}{nearest(self.seq_uncertainty, SEQ_UNCERTAINTIES)}")
+            raise ConfigError(f"unknown seq_uncertainty {self.seq_uncertainty!r}"
+                              f"{nearest(self.seq_uncertainty, SEQ_UNCERTAINTIES)}")
         if min(self.batch_size, self.max_length, self.mc_passes) < 1:
             raise ConfigError(f"pool scoring with batches of {self.batch_size}, outputs of {self.max_length} tokens and "
                               f"{self.mc_passes} dropout passes; give at least 1 of each.")
@@ -97,7 +98,7 @@ class PoolScorer:
         return {"loss": table[:, 0], "probability": (-table[:, 0]).exp(), "correct": table[:, 1] > 0.5}
 
     def layers(self, ids: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Representation of each example at each layer, the mean over its tokens: fp32 [n, H] by layer, first the embeddings."""
+        """Representation of each example at each layer, the mean over its tokens: fp32 [n, H] by layer, embeddings first."""
         names: list[str] = []
         table = self._scan(list(ids), lambda batch, alone: self._layer_rows(batch, names))
         names = max(self.engine.comm.gather_objects(names), key=len)
@@ -158,18 +159,18 @@ class PoolScorer:
             columns = [found[name].unsqueeze(1) for name in names if name != "mc"]
         if "mc" in names:
             total = 0.0  # in fp64, so that equal passes have exactly themselves as their mean
-            for step in self._dropout_passes(ids, seed):
+            for _ in self._dropout_passes(ids, seed):
                 total = total + self._run(items, labels=False)[0].logits.float().softmax(-1).double()
-            columns.append(entropy((total / (step + 1)).float()).unsqueeze(1))
+            columns.append(entropy((total / self.options.mc_passes).float()).unsqueeze(1))
         if embed:
             columns.append(out.hidden_states[-1][:, 0].float())
         return torch.cat(columns, 1)
 
-    def _dropout_passes(self, ids: list[int], seed: int):
-        """Numbers of the passes; each is run in train mode on a random stream of its own."""
+    def _dropout_passes(self, ids: list[int], seed: int) -> Iterator[None]:
+        """For each pass, train mode and a random stream of its own."""
         for step in range(self.options.mc_passes):
             with self.engine.in_mode(True), own_stream(mix(seed, 21, step, ids[0])):
-                yield step
+                yield
 
     # ---- sequence models -------------------------------------------------------------------------------
 
@@ -181,14 +182,16 @@ class PoolScorer:
         tokens = [torch.tensor(output, device=self._device) for output in outputs]
         kind, columns = self.options.seq_uncertainty, []
         if set(names) - {"mc"}:
-            found = [sequence_signals(p, t, kind) for p, t in zip(self._probs(out.logits, sources, outputs), tokens, strict=True)]
+            probs = self._probs(out.logits, sources, outputs)
+            found = [sequence_signals(p, t, kind) for p, t in zip(probs, tokens, strict=True)]
             columns = [torch.stack([row[name] for row in found]).unsqueeze(1) for name in names if name != "mc"]
         if "mc" in names:
             total = None
-            for step in self._dropout_passes(ids, seed):
+            for _ in self._dropout_passes(ids, seed):
                 probs = self._probs(self._run(items)[0].logits, sources, outputs)
                 total = probs if total is None else [a.add_(b) for a, b in zip(total, probs, strict=True)]
-            values = [sequence_signals(p.div_(step + 1), t, kind)["entropy"] for p, t in zip(total, tokens, strict=True)]
+            means = [p.div_(self.options.mc_passes) for p in total]
+            values = [sequence_signals(p, t, kind)["entropy"] for p, t in zip(means, tokens, strict=True)]
             columns.append(torch.stack(values).unsqueeze(1))
         if embed and self.collator.causal:
             columns.append(torch.stack([row[: len(s)].float().mean(0)

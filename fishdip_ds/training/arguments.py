@@ -31,13 +31,13 @@ class Job:
     """What the user should know about how flags and JSON were put together."""
 
 
-def parse(argv: list[str] | None = None) -> Job:
-    """Read flags and the JSON they point to.
+def parse(argv: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> Job:
+    """Read flags (of ``parser``, by default that of ``launch/train.py``) and the JSON they point to.
 
     Raises:
         ConfigError: for settings that contradict each other or files that cannot be read.
     """
-    args = build_parser().parse_args(argv)
+    args = (parser or build_parser()).parse_args(argv)
     _complete_data(args)
     given = [name for name in ("fraction", "count", "shots") if getattr(args, name) is not None]
     if len(given) > 1:
@@ -51,7 +51,8 @@ def parse(argv: list[str] | None = None) -> Job:
     ds = read_json(args.ds_config)
     if args.output is None:
         tasks = sorted(set(args.task))
-        args.output = Path("runs") / f"{tasks[0] if len(tasks) == 1 else 'multi'}-{_strategy(args, ds)}"
+        task = tasks[0] if len(tasks) == 1 else "multi"
+        args.output = Path("runs") / f"{getattr(args, 'run_prefix', '')}{task}-{_strategy(args, ds)}"
     section = ds.setdefault("fishdip", {})
     notes = _leave_other_methods_settings(section, args.strategy)
     for field in dataclasses.fields(FishdipConfig):

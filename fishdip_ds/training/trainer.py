@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import fishdip_ds
@@ -45,7 +46,7 @@ class Trainer:
             corpus.tokenise(self.tokenizer, self.args, causal=self.causal, prefixed=len(self.corpora) > 1, head=head)
             for remark in corpus.remarks(self.args):
                 self.say(remark)
-        self.train_data = Mixture([c.data["train"] for c in self.corpora], self.args.temperature)
+        self.train_data = self._training_data()
         self.collator = collator_for(model, self.tokenizer) if head else self._collator()
         self.engine, _, self.loader, _ = fishdip_ds.initialize(
             model, self.run.ds, self.train_data, self.collator, lr_scheduler=self._scheduler(), total_steps=self.max_steps)
@@ -196,6 +197,9 @@ class Trainer:
         raise Stopped(self.engine.global_steps)
 
     # ---- building --------------------------------------------------------------------------------------
+
+    def _training_data(self) -> Dataset:
+        return Mixture([c.data["train"] for c in self.corpora], self.args.temperature)
 
     def _collator(self) -> Collator:
         if not self.run.fishdip.pad_as_target:
