@@ -1,4 +1,4 @@
-"""Stock DeepSpeed ZeRO-3 behind the engine's verbs: ``full`` finetuning, and ``lora`` through HF PEFT."""
+"""Stock DeepSpeed ZeRO-3 behind the engine's verbs: ``full`` finetuning, and the adapters of HF PEFT."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fishdip_ds.adapters import adapter_writer, add_adapter, trainable_numel
 from fishdip_ds.data.loader import FILLER, StepLoader
 from fishdip_ds.distributed import Comm
 from fishdip_ds.ds_config import RunConfig
@@ -18,7 +19,7 @@ from fishdip_ds.engine import StepStats
 from fishdip_ds.errors import ConfigError, FishdipError
 from fishdip_ds.model_verbs import ModelVerbs
 from fishdip_ds.monitoring import Monitor, peak_memory_gib
-from fishdip_ds.selection.rng import own_stream, random_state, set_random_state
+from fishdip_ds.selection.rng import random_state, set_random_state
 from fishdip_ds.selector import LossFn
 from fishdip_ds.zero3.stock import StockBase
 
@@ -34,10 +35,11 @@ class StockEngine(ModelVerbs):
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         if loss_fn is not None:
-            raise ConfigError('strategies "full" and "lora" take the loss of the model; leave loss_fn out.')
+            raise ConfigError(f'strategy "{run.fishdip.strategy}" takes the loss of the model; leave loss_fn out.')
         self.run, self.comm = run, comm
-        if run.fishdip.strategy == "lora":
-            model = add_lora(model, run.fishdip.lora_r, run.fishdip.lora_alpha, run.fishdip.seed)
+        self._adapted = run.fishdip.strategy != "full"
+        if self._adapted:
+            model = add_adapter(model, run.fishdip)
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = _optimizer(trainable, run.ds["optimizer"])
         config = {k: copy.deepcopy(v) for k, v in run.ds.items() if k not in ("fishdip", "optimizer", "scheduler")}
@@ -45,6 +47,8 @@ class StockEngine(ModelVerbs):
         self.deepspeed = deepspeed.initialize(model=model, config=config, optimizer=self.optimizer,
                                               model_parameters=trainable)[0]
         self.module: nn.Module = self.deepspeed.module
+        self.trained_weights = trainable_numel(self.module)
+        """How many weights are trained."""
         self.monitor = Monitor(self.deepspeed.monitor)
         self.lr_scheduler = None
         self.loader: StepLoader | None = None
@@ -138,13 +142,13 @@ class StockEngine(ModelVerbs):
         state = {"ours": client_state or {}, "loader": self.loader and self.loader.state_dict(),
                  "steps": self.global_steps, "scheduler": self.lr_scheduler and self.lr_scheduler.state_dict()}
         self.deepspeed.save_checkpoint(str(save_dir), tag=tag, client_state=state,
-                                       exclude_frozen_parameters=self.run.fishdip.strategy == "lora")
+                                       exclude_frozen_parameters=self._adapted)
         return Path(save_dir) / tag
 
     def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[Path, dict]:
         """Restore DeepSpeed's checkpoint. **Collective.**"""
         path, state = self.deepspeed.load_checkpoint(str(load_dir), tag=tag, load_lr_scheduler_states=False,
-                                                     load_module_strict=self.run.fishdip.strategy != "lora")
+                                                     load_module_strict=not self._adapted)
         if path is None:
             raise FishdipError(f"no checkpoint of stock DeepSpeed in {load_dir}; give the folder that holds 'latest'.")
         self.global_steps = state["steps"]
@@ -157,25 +161,13 @@ class StockEngine(ModelVerbs):
         return Path(path), state["ours"]
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Model folder (``full``) or adapter folder (``lora``). **Collective.**"""
+        """Model folder (``full``) or adapter folder, which PEFT loads on the base model. **Collective.**"""
         from fishdip_ds.checkpoint.export import save_pretrained
 
-        return save_pretrained(self.module, self.comm, Path(folder))
+        return save_pretrained(self.module, self.comm, Path(folder), adapter_writer(self.module))
 
     def next_refresh(self) -> None:
         """Nothing is ever chosen."""
-
-
-def add_lora(model: nn.Module, rank: int, alpha: int, seed: int) -> nn.Module:
-    """LoRA adapters on every linear layer but the output head (HF PEFT's ``all-linear``)."""
-    try:
-        import peft
-    except ImportError:
-        raise ConfigError('strategy "lora" needs peft; install fishdip_ds[lora].') from None
-    task = "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
-    with own_stream(seed):  # adapters start at random: the same in every run and on every rank
-        return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, task_type=task,
-                                                          target_modules="all-linear"))
 
 
 def _optimizer(params: list[nn.Parameter], section: dict) -> torch.optim.Optimizer:
@@ -183,6 +175,6 @@ def _optimizer(params: list[nn.Parameter], section: dict) -> torch.optim.Optimiz
     for key in ("adam_w_mode", "torch_adam", "scale_parameter", "relative_step", "warmup_init", "beta1"):
         options.pop(key, None)
     if section["type"] == "Adafactor":
-        raise ConfigError('strategies "full" and "lora" shard the optimizer state elementwise, which Adafactor\'s row and '
-                          'column means do not survive; set "optimizer.type" to AdamW.')
+        raise ConfigError("stock DeepSpeed, which runs this strategy, shards the optimizer state elementwise, which "
+                          'Adafactor\'s row and column means do not survive; set "optimizer.type" to AdamW.')
     return torch.optim.AdamW(params, **options)

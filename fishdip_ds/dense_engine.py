@@ -83,6 +83,11 @@ class DenseEngine(Engine):
     def next_refresh(self) -> None:
         """Nothing is ever chosen."""
 
+    @property
+    def trained_weights(self) -> int:
+        """All eligible weights."""
+        return self.layout.eligible_numel
+
     def ever_share(self) -> float:
         """All eligible weights train."""
         return 1.0

@@ -250,6 +250,11 @@ class Engine(ModelVerbs):
         return int(self.comm.all_reduce(count, tag="checks")) / self.layout.eligible_numel
 
     @property
+    def trained_weights(self) -> int:
+        """How many weights are trained at a time; 0 before the first selection."""
+        return self._mask.count if self._mask is not None else 0
+
+    @property
     def entries(self) -> OwnedEntries:
         """This rank's part of the mask in force. Local."""
         if self._entries is None:

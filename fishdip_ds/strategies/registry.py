@@ -31,7 +31,13 @@ STRATEGIES = {
 }
 """Name -> module of this package and class."""
 
-STOCK = {"full": frozenset(), "lora": frozenset({"lora_r", "lora_alpha"})}
+STOCK = {
+    "full": frozenset(),
+    "lora": frozenset({"lora_r", "lora_alpha", "match_density"}),
+    "ia3": frozenset(),
+    "prefix": frozenset({"prefix_tokens", "match_density"}),
+    "shira": frozenset({"shira_r", "match_density"}),
+}
 """Baselines run by stock DeepSpeed, and the settings that are theirs."""
 
 

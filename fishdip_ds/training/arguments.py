@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,19 +162,25 @@ def build_parser() -> argparse.ArgumentParser:
     look.add_argument("--no_tensorboard", action="store_true", help="write no TensorBoard files")
     look.add_argument("--export", action="store_true", help="also write the trained model as a transformers folder")
 
-    choose = parser.add_argument_group("which weights (the \"fishdip\" section; flags beat it)")
+    add_method_flags(parser.add_argument_group("which weights (the \"fishdip\" section; flags beat it)"))
+    return parser
+
+
+def add_method_flags(group: argparse._ArgumentGroup, only: Container[str] | None = None) -> None:
+    """A flag for each setting of ``FishdipConfig``, or for each of ``only``."""
     types = {"int": int, "float": float, "str": str, "int | float": _number}
     for field in dataclasses.fields(FishdipConfig):
         flag, doc = f"--{field.name}", f"{_field_doc(field.name)} (default {field.default})".replace("%", "%%")
+        if only is not None and field.name not in only:
+            continue
         if field.name == "strategy":
-            choose.add_argument(flag, choices=STRATEGIES, help=doc)
+            group.add_argument(flag, choices=STRATEGIES, help=doc)
         elif field.type.startswith("tuple"):
-            choose.add_argument(flag, nargs="+", metavar="GLOB", help=doc)
+            group.add_argument(flag, nargs="+", metavar="GLOB", help=doc)
         elif field.type == "bool":
-            choose.add_argument(flag, action="store_true", default=None, help=doc)
+            group.add_argument(flag, action="store_true", default=None, help=doc)
         else:
-            choose.add_argument(flag, type=types[field.type], help=doc)
-    return parser
+            group.add_argument(flag, type=types[field.type], help=doc)
 
 
 def add_data_flags(group: argparse._ArgumentGroup) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -81,10 +82,13 @@ class Trainer:
                          "raise --max_steps or --epochs to go on")
         elif not self.args.no_eval_before:
             self._score_all("before", SPLITS)
+        begin = time.perf_counter()
         self._loop()
+        seconds = time.perf_counter() - begin
         self._score_all("after", SPLITS)
         summary = {**self.results, "steps": self.engine.global_steps, "strategy": self.run.fishdip.strategy,
-                   "density": self.run.fishdip.density, "headline": {
+                   "density": self.run.fishdip.density, "trained_weights": self.engine.trained_weights,
+                   "train_seconds": round(seconds, 2), "headline": {
                        self._key(c, split): c.task.headline for c in self.corpora for split in SPLITS}}
         self._write("results.json", summary)  # first: a full disk below must not lose the scores
         self.say(score_table(self.results, {self._key(c, s): c.task.table for c in self.corpora for s in SPLITS}))
