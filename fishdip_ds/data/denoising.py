@@ -44,18 +44,23 @@ def corrupt_spans(ids: Sequence[int], sentinels: Sequence[int], end_id: int, sha
 
     ``round(share x n)`` tokens (at least 1) fall into spans of mean length ``SPAN``. Each span is a sentinel in the input;
     the target has each sentinel and its span, and one more sentinel. A text of one token is left whole: its target is empty.
+
+    T5's own code lets every text begin with a kept part and end with a span, which is nothing in rows of 512 tokens; in a
+    sentence with one span that would always be its end. Here a span may lie anywhere.
     """
     n = len(ids)
     if n < 2:
         return [*ids, end_id], [sentinels[0], end_id]
     lost = min(max(1, round(share * n)), n - 1)
     spans = min(max(1, round(lost / SPAN)), n - lost, len(sentinels) - 1)
+    between = _parts(n - lost + 2, spans + 1, generator)
+    between[0], between[-1] = between[0] - 1, between[-1] - 1  # nothing need stand before the first span or after the last
     source, target, at = [], [], 0
-    for i, (kept, gone) in enumerate(zip(_parts(n - lost, spans, generator), _parts(lost, spans, generator), strict=True)):
+    for i, (kept, gone) in enumerate(zip(between, _parts(lost, spans, generator), strict=False)):
         source += [*ids[at : at + kept], sentinels[i]]
         target += [sentinels[i], *ids[at + kept : at + kept + gone]]
         at += kept + gone
-    return [*source, end_id], [*target, sentinels[spans], end_id]
+    return [*source, *ids[at:], end_id], [*target, sentinels[spans], end_id]
 
 
 def _parts(total: int, count: int, generator: torch.Generator) -> list[int]:
