@@ -24,9 +24,9 @@ def _every_query(folder: str, dropout: float) -> dict[str, list]:
     data = pool_of()
     engine, out = engine_on(data, dropout=dropout), {}
     for query in QUERIES:
-        records = rounds_on(engine, data, query, Path(folder) / query, rounds=3, epochs=1).run()
+        records = rounds_on(engine, data, query, Path(folder) / query, rounds=3 if query == "entropy" else 2, epochs=1).run()
         out[query] = [r["acquired"] for r in records]
-        assert [r["labelled"] for r in records] == [10, 15, 20]
+        assert [r["labelled"] for r in records] == [10, 15, 20][: len(records)]
     return out
 
 
