@@ -42,7 +42,7 @@ def initialize(model: nn.Module, config: str | Path | dict, training_data: Seque
 
     Returns:
         (engine, optimizer, loader, scheduler); loader and scheduler are None if nothing asks for them.
-        With ``"strategy": "full"`` or ``"lora"`` the engine is a stock DeepSpeed one with the same verbs.
+        With a strategy of ``registry.STOCK`` (full, lora, ...) the engine is a stock DeepSpeed one with the same verbs.
 
     Raises:
         ConfigError: naming the setting that cannot be honoured.

@@ -1,16 +1,17 @@
-"""Stock DeepSpeed ZeRO-3 behind the engine's verbs: ``full`` finetuning, and ``lora`` through HF PEFT."""
+"""Stock DeepSpeed ZeRO-3 behind the engine's verbs: ``full`` finetuning, and the adapters of HF PEFT."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from fishdip_ds.adapters import adapter_writer, add_adapter, trainable_numel
 from fishdip_ds.checkpoint.writer import Writer
 from fishdip_ds.data.loader import FILLER, StepLoader
 from fishdip_ds.distributed import Comm
@@ -19,8 +20,9 @@ from fishdip_ds.engine import StepStats
 from fishdip_ds.errors import ConfigError, FishdipError
 from fishdip_ds.model_verbs import ModelVerbs
 from fishdip_ds.monitoring import Monitor, peak_memory_gib
-from fishdip_ds.selection.rng import own_stream
+from fishdip_ds.selection.rng import random_state, set_random_state
 from fishdip_ds.selector import LossFn
+from fishdip_ds.zero3.stock import StockBase
 
 
 class StockEngine(ModelVerbs):
@@ -34,10 +36,11 @@ class StockEngine(ModelVerbs):
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         if loss_fn is not None:
-            raise ConfigError('strategies "full" and "lora" take the loss of the model; leave loss_fn out.')
+            raise ConfigError(f'strategy "{run.fishdip.strategy}" takes the loss of the model; leave loss_fn out.')
         self.run, self.comm = run, comm
-        if run.fishdip.strategy == "lora":
-            model = add_lora(model, run.fishdip.lora_r, run.fishdip.lora_alpha, run.fishdip.seed)
+        self._adapted = run.fishdip.strategy != "full"
+        if self._adapted:
+            model = add_adapter(model, run.fishdip)
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = _optimizer(trainable, run.ds["optimizer"])
         config = {k: copy.deepcopy(v) for k, v in run.ds.items() if k not in ("fishdip", "optimizer", "scheduler")}
@@ -45,6 +48,8 @@ class StockEngine(ModelVerbs):
         self.deepspeed = deepspeed.initialize(model=model, config=config, optimizer=self.optimizer,
                                               model_parameters=trainable)[0]
         self.module: nn.Module = self.deepspeed.module
+        self.trained_weights = trainable_numel(self.module)
+        """How many weights are trained."""
         self.monitor = Monitor(self.deepspeed.monitor)
         self.writer = Writer()
         self.lr_scheduler = None
@@ -53,6 +58,9 @@ class StockEngine(ModelVerbs):
         self.last: StepStats | None = None
         self.global_steps = self.global_samples = self.micro_steps = 0
         self._filler = False
+        self._base: StockBase | None = None
+        self._random_start = random_state()
+        self._new_schedule: Callable[[], object] = lambda: None
         self._loss_sum = torch.zeros(2, device=self.deepspeed.device)
         self._last_step_at = time.perf_counter()
 
@@ -97,8 +105,38 @@ class StockEngine(ModelVerbs):
             self.global_samples)
 
     def start_schedule(self, build: Callable[[], object]) -> None:
-        """Begin the learning-rate schedule that ``build`` makes. Local."""
+        """Begin the learning-rate schedule that ``build`` makes, now and after each ``rewind``. Local."""
+        self._new_schedule = build
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.optimizer.defaults["lr"]
+            group.pop("initial_lr", None)
         self.lr_scheduler = build()
+
+    def use_data(self, dataset: Sequence) -> None:
+        """See ``Engine.use_data``. Local."""
+        if self.loader is not None:
+            self.loader.use_data(dataset)
+
+    def keep_base(self) -> None:
+        """See ``ModelVerbs.keep_base``: a copy of the trained weights, 4 bytes each over N. Local."""
+        if self.global_steps:
+            raise FishdipError("the base weights are gone after the first step; call engine.keep_base() before it.")
+        self._base = StockBase(self.deepspeed)
+
+    def rewind(self, dataset: Sequence | None = None, total_steps: int | None = None) -> None:
+        """See ``Engine.rewind``. **Collective.**"""
+        if self._base is None:
+            raise FishdipError(f'strategy "{self.run.fishdip.strategy}" keeps no copy of the base by itself; call '
+                               "engine.keep_base() before the first step to be able to go back.")
+        self._base.restore()
+        self.global_steps = self.global_samples = self.micro_steps = 0
+        self._loss_sum.zero_()
+        self.start_schedule(self._new_schedule)
+        if dataset is not None:
+            self.use_data(dataset)
+        elif self.loader is not None:
+            self.loader.load_state_dict({"epoch": 0, "step_in_epoch": 0})
+        set_random_state(self._random_start)
 
     def save_checkpoint(self, save_dir: str | Path, tag: str | None = None, client_state: dict | None = None, *,
                         wait: bool = True, committed: Callable[[Path], None] | None = None) -> Path:
@@ -108,7 +146,7 @@ class StockEngine(ModelVerbs):
         state = {"ours": client_state or {}, "loader": self.loader and self.loader.state_dict(),
                  "steps": self.global_steps, "scheduler": self.lr_scheduler and self.lr_scheduler.state_dict()}
         self.deepspeed.save_checkpoint(str(save_dir), tag=tag, client_state=state,
-                                       exclude_frozen_parameters=self.run.fishdip.strategy == "lora")
+                                       exclude_frozen_parameters=self._adapted)
         if committed is not None and self.comm.rank == 0:
             committed(Path(save_dir) / tag)
         self.save_wait_ms = 1000 * (time.perf_counter() - begin)
@@ -117,7 +155,7 @@ class StockEngine(ModelVerbs):
     def load_checkpoint(self, load_dir: str | Path, tag: str | None = None) -> tuple[Path, dict]:
         """Restore DeepSpeed's checkpoint. **Collective.**"""
         path, state = self.deepspeed.load_checkpoint(str(load_dir), tag=tag, load_lr_scheduler_states=False,
-                                                     load_module_strict=self.run.fishdip.strategy != "lora")
+                                                     load_module_strict=not self._adapted)
         if path is None:
             raise FishdipError(f"no checkpoint of stock DeepSpeed in {load_dir}; give the folder that holds 'latest'.")
         self.global_steps = state["steps"]
@@ -130,25 +168,13 @@ class StockEngine(ModelVerbs):
         return Path(path), state["ours"]
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Model folder (``full``) or adapter folder (``lora``). **Collective.**"""
+        """Model folder (``full``) or adapter folder, which PEFT loads on the base model. **Collective.**"""
         from fishdip_ds.checkpoint.export import save_pretrained
 
-        return save_pretrained(self.module, self.comm, Path(folder))
+        return save_pretrained(self.module, self.comm, Path(folder), adapter_writer(self.module))
 
     def next_refresh(self) -> None:
         """Nothing is ever chosen."""
-
-
-def add_lora(model: nn.Module, rank: int, alpha: int, seed: int) -> nn.Module:
-    """LoRA adapters on every linear layer but the output head (HF PEFT's ``all-linear``)."""
-    try:
-        import peft
-    except ImportError:
-        raise ConfigError('strategy "lora" needs peft; install fishdip_ds[lora].') from None
-    task = "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
-    with own_stream(seed):  # adapters start at random: the same in every run and on every rank
-        return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, task_type=task,
-                                                          target_modules="all-linear"))
 
 
 def _optimizer(params: list[nn.Parameter], section: dict) -> torch.optim.Optimizer:
@@ -156,6 +182,6 @@ def _optimizer(params: list[nn.Parameter], section: dict) -> torch.optim.Optimiz
     for key in ("adam_w_mode", "torch_adam", "scale_parameter", "relative_step", "warmup_init", "beta1"):
         options.pop(key, None)
     if section["type"] == "Adafactor":
-        raise ConfigError('strategies "full" and "lora" shard the optimizer state elementwise, which Adafactor\'s row and '
-                          'column means do not survive; set "optimizer.type" to AdamW.')
+        raise ConfigError("stock DeepSpeed, which runs this strategy, shards the optimizer state elementwise, which "
+                          'Adafactor\'s row and column means do not survive; set "optimizer.type" to AdamW.')
     return torch.optim.AdamW(params, **options)

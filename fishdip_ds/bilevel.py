@@ -88,9 +88,9 @@ class Bilevel:
         if fold is not None and at == length - 1:
             self._end_fold()
 
-    def rewind(self) -> None:
+    def rewind(self, dataset: Sequence | None = None, total_steps: int | None = None) -> None:
         """See ``Engine.rewind``. **Collective.**"""
-        super().rewind()
+        super().rewind(dataset, total_steps)
         if "fold_sum" in self.optimizer.entry_state:
             self.optimizer.entry_state["fold_sum"].zero_()
 

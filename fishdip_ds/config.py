@@ -13,7 +13,7 @@ SPECIFIC = frozenset({
     "density", "scope", "always_on", "refresh_interval", "worst_samples", "fisher_samples", "sample_loss",
     "select_mode_first", "select_mode_refresh", "worst_count_unit", "active_layers", "drop_rate", "layers", "fisher",
     "decay_frozen", "update_ratio", "masked_update", "search_share", "mixup_folds", "mixup_final_share", "mixup_lr",
-    "mixup_radius", "mixup_form", "mixup_legacy", "lora_r", "lora_alpha"})
+    "mixup_radius", "mixup_form", "mixup_legacy", "lora_r", "lora_alpha", "prefix_tokens", "shira_r", "match_density"})
 """Settings that belong to some methods only; each method lists its own."""
 
 
@@ -84,6 +84,13 @@ class FishdipConfig:
     """Strategy ``lora``: rank of the adapters on all linear layers."""
     lora_alpha: int = 32
     """Strategy ``lora``: scale, divided by the rank."""
+    shira_r: int = 16
+    """Strategy ``shira``: as many random weights of each linear layer as LoRA of this rank has."""
+    prefix_tokens: int = 20
+    """Strategy ``prefix``: virtual tokens before the keys and values of each layer."""
+    match_density: float = 0.0
+    """Strategies ``lora``, ``shira``, ``prefix``: take the rank, or the tokens, whose trained weights come nearest to this
+    share of the model's weights; 0 takes them as set."""
     seed: int = 42
     """Data order, selection's own random stream, random masks."""
 
@@ -106,9 +113,11 @@ class FishdipConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f'"fishdip.{name}" is {getattr(self, name)}; it must be above 0.')
         for name in ("refresh_interval", "fisher_samples", "scan_batch_size", "active_layers", "mixup_folds", "lora_r",
-                     "lora_alpha"):
+                     "lora_alpha", "shira_r", "prefix_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f'"fishdip.{name}" is {getattr(self, name)}; it must be at least 1.')
+        if not 0 <= self.match_density <= 1:
+            raise ConfigError(f'"fishdip.match_density" is {self.match_density}; give a share between 0 and 1.')
         if self.worst_samples <= 0 or (isinstance(self.worst_samples, float) and self.worst_samples > 1):
             raise ConfigError(f'"fishdip.worst_samples" is {self.worst_samples}; give a whole number of samples '
                               "of at least 1, or a fraction of the training set in (0, 1].")

@@ -63,10 +63,10 @@ class DenseEngine(Engine):
         self._publish_masters()
         self.optimizer.forget()
 
-    def rewind(self) -> None:
+    def rewind(self, dataset: Sequence | None = None, total_steps: int | None = None) -> None:
         """See ``Engine.rewind``."""
         accumulated = self._accumulator
-        super().rewind()
+        super().rewind(dataset, total_steps)
         accumulated.reset()
         self._accumulator = accumulated
 
@@ -87,6 +87,11 @@ class DenseEngine(Engine):
 
     def next_refresh(self) -> None:
         """Nothing is ever chosen."""
+
+    @property
+    def trained_weights(self) -> int:
+        """All eligible weights."""
+        return self.layout.eligible_numel
 
     def ever_share(self) -> float:
         """All eligible weights train."""

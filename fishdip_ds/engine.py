@@ -264,6 +264,11 @@ class Engine(ModelVerbs):
         return int(self.comm.all_reduce(count, tag="checks")) / self.layout.eligible_numel
 
     @property
+    def trained_weights(self) -> int:
+        """How many weights are trained at a time; 0 before the first selection."""
+        return self._mask.count if self._mask is not None else 0
+
+    @property
     def entries(self) -> OwnedEntries:
         """This rank's part of the mask in force. Local."""
         if self._entries is None:
@@ -282,17 +287,24 @@ class Engine(ModelVerbs):
         self.base = [values[:0] for values in self.base]
         self.optimizer.forget()
 
-    def rewind(self) -> None:
+    def rewind(self, dataset: Sequence | None = None, total_steps: int | None = None) -> None:
         """Be as new: base weights bitwise, no mask, no moments, step 0, schedule, data order and random streams from
         their start. The next step chooses a mask. **Collective.**
+
+        Args:
+            dataset: train on it from now on, as ``use_data`` says (default: on the same as before).
+            total_steps: optimizer steps of the coming run, for methods that divide it into parts (default: as before).
         """
         self.rewind_weights()
         self._mask = self._entries = self._accumulator = self._weight = None
         self._mask_step = self.global_steps = self.global_samples = self.micro_steps = 0
+        self.strategy.total_steps = total_steps or self.strategy.total_steps
+        if dataset is not None:
+            self.use_data(dataset)
+        elif self.loader is not None:
+            self.loader.load_state_dict({"epoch": 0, "step_in_epoch": 0})
         self.load_strategy({})
         self.start_schedule(self._new_schedule)
-        if self.loader is not None:
-            self.loader.load_state_dict({"epoch": 0, "step_in_epoch": 0})
         set_random_state(self._random_start)
 
     def load_strategy(self, state: dict[str, torch.Tensor]) -> None:

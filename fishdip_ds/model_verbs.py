@@ -78,6 +78,20 @@ class ModelVerbs:
         with resident(self.deepspeed) if wanted else nullcontext():
             yield wanted
 
+    def keep_base(self) -> None:
+        """Keep what ``rewind`` will need of the base weights. Before the first step. An engine with a mask does so anyway."""
+
+    @contextmanager
+    def in_mode(self, train: bool) -> Iterator[None]:
+        """Train or eval mode for the block; every submodule gets its own flag back."""
+        before = [(m, m.training) for m in self.module.modules()]
+        self.module.train(train)
+        try:
+            yield
+        finally:
+            for module, flag in before:
+                module.training = flag
+
     def train(self, mode: bool = True) -> Self:
         """Put the model in train mode (dropout on). Like DeepSpeed, the engine never does it by itself."""
         self.module.train(mode)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,12 +13,14 @@ from fishdip_ds.distributed import Comm
 from fishdip_ds.errors import FishdipError
 from fishdip_ds.zero3.partition import gathered
 
+Writer = Callable[[Path, dict[str, torch.Tensor]], None]
 
-def save_pretrained(module: nn.Module, comm: Comm, folder: Path) -> Path:
+
+def save_pretrained(module: nn.Module, comm: Comm, folder: Path, write: Writer | None = None) -> Path:
     """Gather one tensor at a time and let the model's own ``save_pretrained`` write it. **Collective.**
 
     Rank 0 holds the whole model on its cpu for a moment. A module without ``save_pretrained`` gets one
-    ``model.safetensors``.
+    ``model.safetensors``. ``write(folder, state)``, if given, does it in the model's place.
 
     Raises:
         FishdipError: if a tensor would come out empty, or the disk refuses.
@@ -35,7 +39,7 @@ def save_pretrained(module: nn.Module, comm: Comm, folder: Path) -> Path:
             error = FishdipError(f"{empty[0]} came out empty; nothing was written to {folder}.")
         else:
             try:
-                _write(module, state, folder)
+                (write or partial(_write, module))(folder, state)
             except OSError as caught:
                 error = FishdipError(f"could not write the model to {folder}: {caught}; free space or choose another "
                                      "folder.")
@@ -43,7 +47,7 @@ def save_pretrained(module: nn.Module, comm: Comm, folder: Path) -> Path:
     return folder
 
 
-def _write(module: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:
+def _write(module: nn.Module, folder: Path, state: dict[str, torch.Tensor]) -> None:
     if hasattr(module, "save_pretrained"):
         module.save_pretrained(folder, state_dict=state)
         return

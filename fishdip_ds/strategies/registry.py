@@ -32,7 +32,13 @@ STRATEGIES = {
 """Name -> module and class. A module without a dot is one of this package; a method of your own project may be added
 here before ``initialize``: ``STRATEGIES["mine"] = "my_project.mine:Mine"``."""
 
-STOCK = {"full": frozenset(), "lora": frozenset({"lora_r", "lora_alpha"})}
+STOCK = {
+    "full": frozenset(),
+    "lora": frozenset({"lora_r", "lora_alpha", "match_density"}),
+    "ia3": frozenset(),
+    "prefix": frozenset({"prefix_tokens", "match_density"}),
+    "shira": frozenset({"shira_r", "match_density"}),
+}
 """Baselines run by stock DeepSpeed, and the settings that are theirs."""
 
 

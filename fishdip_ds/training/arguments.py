@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +32,13 @@ class Job:
     """What the user should know about how flags and JSON were put together."""
 
 
-def parse(argv: list[str] | None = None) -> Job:
-    """Read flags and the JSON they point to.
+def parse(argv: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> Job:
+    """Read flags (of ``parser``, by default that of ``launch/train.py``) and the JSON they point to.
 
     Raises:
         ConfigError: for settings that contradict each other or files that cannot be read.
     """
-    args = build_parser().parse_args(argv)
+    args = (parser or build_parser()).parse_args(argv)
     _complete_data(args)
     given = [name for name in ("fraction", "count", "shots") if getattr(args, name) is not None]
     if len(given) > 1:
@@ -51,7 +52,8 @@ def parse(argv: list[str] | None = None) -> Job:
     ds = read_json(args.ds_config)
     if args.output is None:
         tasks = sorted(set(args.task))
-        args.output = Path("runs") / f"{tasks[0] if len(tasks) == 1 else 'multi'}-{_strategy(args, ds)}"
+        task = tasks[0] if len(tasks) == 1 else "multi"
+        args.output = Path("runs") / f"{getattr(args, 'run_prefix', '')}{task}-{_strategy(args, ds)}"
     section = ds.setdefault("fishdip", {})
     notes = _leave_other_methods_settings(section, args.strategy)
     for field in dataclasses.fields(FishdipConfig):
@@ -162,19 +164,25 @@ def build_parser() -> argparse.ArgumentParser:
     look.add_argument("--no_tensorboard", action="store_true", help="write no TensorBoard files")
     look.add_argument("--export", action="store_true", help="also write the trained model as a transformers folder")
 
-    choose = parser.add_argument_group("which weights (the \"fishdip\" section; flags beat it)")
+    add_method_flags(parser.add_argument_group("which weights (the \"fishdip\" section; flags beat it)"))
+    return parser
+
+
+def add_method_flags(group: argparse._ArgumentGroup, only: Container[str] | None = None) -> None:
+    """A flag for each setting of ``FishdipConfig``, or for each of ``only``."""
     types = {"int": int, "float": float, "str": str, "int | float": _number}
     for field in dataclasses.fields(FishdipConfig):
         flag, doc = f"--{field.name}", f"{_field_doc(field.name)} (default {field.default})".replace("%", "%%")
+        if only is not None and field.name not in only:
+            continue
         if field.name == "strategy":
-            choose.add_argument(flag, choices=registry.known(), help=doc)
+            group.add_argument(flag, choices=registry.known(), help=doc)
         elif field.type.startswith("tuple"):
-            choose.add_argument(flag, nargs="+", metavar="GLOB", help=doc)
+            group.add_argument(flag, nargs="+", metavar="GLOB", help=doc)
         elif field.type == "bool":
-            choose.add_argument(flag, action="store_true", default=None, help=doc)
+            group.add_argument(flag, action="store_true", default=None, help=doc)
         else:
-            choose.add_argument(flag, type=types[field.type], help=doc)
-    return parser
+            group.add_argument(flag, type=types[field.type], help=doc)
 
 
 def add_data_flags(group: argparse._ArgumentGroup) -> None:

@@ -63,14 +63,14 @@ def run(job: Job, comm: Comm) -> None:
     seeds, output = job.args.seeds, job.args.output
     if not seeds:
         trainer = Trainer(job, comm)
-        _stop_on_signals(trainer.engine)
+        stop_on_signals(trainer.engine)
         trainer.main()
         return
     scores, headline = {}, {}
     for seed in seeds:
         args = argparse.Namespace(**{**vars(job.args), "subset_seed": seed, "output": output / f"seed-{seed}"})
         trainer = Trainer(replace(job, args=args, ds=copy.deepcopy(job.ds)), comm)
-        _stop_on_signals(trainer.engine)
+        stop_on_signals(trainer.engine)
         result = trainer.main()
         scores[seed], headline = result["after"], result["headline"]
     text, summary = seeds_table(scores, headline)
@@ -88,7 +88,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
 
 
-def _stop_on_signals(engine: ModelVerbs) -> None:
+def stop_on_signals(engine: ModelVerbs) -> None:
     """SIGTERM and SIGINT finish the current step, save, and leave. Launchers repeat them, so repeats mean nothing."""
     def ask(number: int, frame: object) -> None:
         engine.stop_requested = True

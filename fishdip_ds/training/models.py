@@ -47,9 +47,9 @@ def load_config(name: str | None) -> PretrainedConfig:
 
 
 def load_model(name: str | None, run: RunConfig, *, gradient_checkpointing: bool = False,
-               head: Head | None = None) -> nn.Module:
+               head: Head | None = None, masked_words: int | None = None) -> nn.Module:
     """A seq2seq or decoder-only model, or an encoder with a ``head``, sharded while it is read (never a whole copy per
-    rank). **Collective.**
+    rank). **Collective.** With ``masked_words`` an encoder that fills in words, what it lacks drawn with that seed.
 
     Parameters come in bf16 if the configuration enables it, else in fp32.
 
@@ -61,7 +61,7 @@ def load_model(name: str | None, run: RunConfig, *, gradient_checkpointing: bool
     dtype = torch.bfloat16 if run.ds.get("bf16", {}).get("enabled") else torch.float32
     keep = HfDeepSpeedConfig({k: v for k, v in run.ds.items() if k != "fishdip"})  # noqa: F841  alive while loading
     logging.getLogger("transformers.integrations.deepspeed").setLevel(logging.ERROR)
-    model = load_plain_model(name, dtype, head)
+    model = load_masked_model(name, dtype, masked_words) if masked_words is not None else load_plain_model(name, dtype, head)
     if gradient_checkpointing:
         model.config.use_cache = False
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -85,6 +85,17 @@ def load_plain_model(name: str | None, dtype: torch.dtype, head: Head | None = N
         return model
     factory = AutoModelForSeq2SeqLM if load_config(name).is_encoder_decoder else AutoModelForCausalLM
     return _from_hub(factory.from_pretrained, source, dtype=dtype)
+
+
+def load_masked_model(name: str | None, dtype: torch.dtype, seed: int) -> nn.Module:
+    """An encoder with its masked-word head; what the checkpoint lacks of that is drawn with ``seed``."""
+    from transformers import AutoModelForMaskedLM
+
+    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+    model, info = _from_hub(AutoModelForMaskedLM.from_pretrained, name or embedded_model(), dtype=dtype,
+                            output_loading_info=True)
+    start_head(model, info["missing_keys"], seed)
+    return model
 
 
 def _from_hub(load, source: str | Path, **options: object):

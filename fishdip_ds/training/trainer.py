@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import fishdip_ds
@@ -49,7 +51,7 @@ class Trainer:
             corpus.tokenise(self.tokenizer, self.args, causal=self.causal, prefixed=len(self.corpora) > 1, head=head)
             for remark in corpus.remarks(self.args):
                 self.say(remark)
-        self.train_data = Mixture([c.data["train"] for c in self.corpora], self.args.temperature)
+        self.train_data = self._training_data()
         self.collator = collator_for(model, self.tokenizer) if head else self._collator()
         self.engine, _, self.loader, _ = fishdip_ds.initialize(
             model, self.run.ds, self.train_data, self.collator, lr_scheduler=self._scheduler(), total_steps=self.max_steps,
@@ -80,13 +82,16 @@ class Trainer:
             k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}})
         if start is None and not self.args.no_eval_before:
             self._score_all("before", SPLITS)
+        begin = time.perf_counter()
         try:
             self._loop()
         finally:
             self.engine.writer.join()  # whatever ended the loop, a save that is nearly there shall not be lost
+        seconds = time.perf_counter() - begin
         self._score_all("after", SPLITS)
         summary = {**self.results, "steps": self.engine.global_steps, "strategy": self.run.fishdip.strategy,
-                   "density": self.run.fishdip.density, "headline": {
+                   "density": self.run.fishdip.density, "trained_weights": self.engine.trained_weights,
+                   "train_seconds": round(seconds, 2), "headline": {
                        self._key(c, split): c.task.headline for c in self.corpora for split in SPLITS}}
         self._write("results.json", summary)  # first: a full disk below must not lose the scores
         self.say(score_table(self.results, {self._key(c, s): c.task.table for c in self.corpora for s in SPLITS}))
@@ -214,6 +219,9 @@ class Trainer:
         raise Stopped(self.engine.global_steps)
 
     # ---- building --------------------------------------------------------------------------------------
+
+    def _training_data(self) -> Dataset:
+        return Mixture([c.data["train"] for c in self.corpora], self.args.temperature)
 
     def _collator(self) -> Collator:
         if not self.run.fishdip.pad_as_target:

@@ -79,9 +79,11 @@ def resident(engine: DeepSpeedEngine) -> Iterator[None]:
         try:
             yield
         finally:
-            for hooks, before in kept.values():  # all of a module's hooks, in the order they had
+            for hooks, before in kept.values():  # all of a module's hooks, in the order they had, and then
+                added = {key: hook for key, hook in hooks.items() if key not in before}  # what transformers put there
                 hooks.clear()
                 hooks.update(before)
+                hooks.update(added)
 
 
 def fits_on_one_device(model: nn.Module, share: float = 0.4) -> bool:

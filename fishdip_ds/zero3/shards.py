@@ -141,6 +141,11 @@ class ShardLayout:
         return {t.name: finish(v) for t, v in zip(self.tensors, sums.tolist(), strict=True)}
 
 
+def global_shape(param: nn.Parameter) -> tuple[int, ...]:
+    """Shape of a whole parameter, sharded or not."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Last matching pattern wins; a leading ``!`` excludes."""
     chosen = all(p.startswith("!") for p in patterns)

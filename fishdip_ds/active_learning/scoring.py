@@ -1,0 +1,250 @@
+"""Signals of examples under the current model, shared out over ranks.
+
+Batches are cut from all examples sorted by length and then dealt to ranks, and every batch has a random stream of its own,
+so that signals do not depend on the number of ranks. Examples with the same input are scored once. Gold labels of the pool
+are never looked at: a classifier sees none, and a sequence model reads its own greedy output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fishdip_ds.active_learning.uncertainty import SEQ_UNCERTAINTIES, class_signals, entropy, sequence_signals
+from fishdip_ds.config import nearest
+from fishdip_ds.errors import ConfigError, FishdipError
+from fishdip_ds.selection.losses import IGNORE, sample_losses, shifts_labels
+from fishdip_ds.selection.rng import mix, own_stream
+
+if TYPE_CHECKING:
+    from fishdip_ds.model_verbs import ModelVerbs
+
+Compute = Callable[[list[int], bool], torch.Tensor]
+"""(example ids, whether this rank runs on its own) -> fp32 [B, D]."""
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """How signals are made."""
+
+    batch_size: int = 32
+    """Examples per forward pass and rank. Fixed for a run: what an example is padded to may change its last bits."""
+    seq_uncertainty: str = "mean_entropy"
+    """What the entropy of a sequence is; see ``fishdip_ds.active_learning.uncertainty``."""
+    max_length: int = 256
+    """Longest greedy output in tokens."""
+    mc_passes: int = 30
+    """Passes with dropout."""
+    gather: bool | None = None
+    """Hold the whole model on each rank while scoring; None: if it fits."""
+
+    def __post_init__(self) -> None:
+        if self.seq_uncertainty not in SEQ_UNCERTAINTIES:
+            raise ConfigError(f"unknown seq_uncertainty {self.seq_uncertainty!r}"
+                              f"{nearest(self.seq_uncertainty, SEQ_UNCERTAINTIES)}")
+        if min(self.batch_size, self.max_length, self.mc_passes) < 1:
+            raise ConfigError(f"pool scoring with batches of {self.batch_size}, outputs of {self.max_length} tokens and "
+                              f"{self.mc_passes} dropout passes; give at least 1 of each.")
+
+
+class PoolScorer:
+    """Scores examples of one data set with an engine's model. Every method is **collective** and gives all ranks the same.
+
+    Args:
+        dataset: items as ``Text2TextDataset`` (sequence models) or ``EncodedDataset`` (classifiers) makes them.
+        collator: of such items; pads must not count as targets.
+        end_id: the end token of a sequence model.
+    """
+
+    def __init__(self, engine: ModelVerbs, dataset: Sequence, collator, options: ScoringOptions, *,
+                 end_id: int | None = None) -> None:
+        self.engine, self.dataset, self.collator, self.options, self.end_id = engine, dataset, collator, options, end_id
+        self.classifies = not isinstance(dataset[0]["labels"], list)
+        if not self.classifies and end_id is None:
+            raise ConfigError("scoring sequences needs the tokenizer's end token, but it has none; set one.")
+
+    # ---- what can be asked -----------------------------------------------------------------------------
+
+    def signals(self, ids: Sequence[int], wanted: frozenset[str], seed: int) -> dict[str, torch.Tensor]:
+        """Signals without gold labels, by name (see ``PoolView``): fp32 [n], embedding [n, H], on the cpu.
+
+        Args:
+            wanted: among entropy, margin, pseudo_loss, mc, embedding.
+            seed: of the dropout masks of ``mc``.
+        """
+        if not wanted:
+            return {}
+        first: dict[tuple, int] = {}
+        twin = [first.setdefault(self._input_key(i), i) for i in ids]
+        order = sorted(set(twin))
+        compute = self._class_rows if self.classifies else self._sequence_rows
+        names = [name for name in ("entropy", "margin", "pseudo_loss", "mc") if name in wanted]
+        table = self._scan(order, lambda batch, alone: compute(batch, alone, names, "embedding" in wanted, seed))
+        place = {i: at for at, i in enumerate(order)}
+        table = table[torch.tensor([place[i] for i in twin])]
+        found = {name: table[:, at] for at, name in enumerate(names)}
+        return {**found, "embedding": table[:, len(names):]} if "embedding" in wanted else found
+
+    def gold(self, ids: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Loss, probability and correctness on gold labels, in eval mode: fp32 [n] each, ``correct`` bool.
+
+        Of a sequence: the mean loss over its target tokens, exp of minus that, and whether every token is the most
+        probable one when the model reads the gold target.
+        """
+        table = self._scan(list(ids), self._gold_rows)
+        return {"loss": table[:, 0], "probability": (-table[:, 0]).exp(), "correct": table[:, 1] > 0.5}
+
+    def layers(self, ids: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Representation of each example at each layer, the mean over its tokens: fp32 [n, H] by layer, embeddings first."""
+        names: list[str] = []
+        table = self._scan(list(ids), lambda batch, alone: self._layer_rows(batch, names))
+        names = max(self.engine.comm.gather_objects(names), key=len)
+        return dict(zip(names, table.chunk(len(names), dim=1), strict=True))
+
+    # ---- sharing out -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _scan(self, ids: list[int], compute: Compute) -> torch.Tensor:
+        """``compute`` on all ids, dealt to ranks: fp32 [n, D] on the cpu, global."""
+        engine, comm, size = self.engine, self.engine.comm, self.options.batch_size
+        place = {i: at for at, i in enumerate(ids)}
+        by_length = sorted(ids, key=lambda i: (-len(self._source(i)), i))
+        batches = [by_length[at : at + size] for at in range(0, len(ids), size)]
+        mine: list[tuple[list[int], torch.Tensor]] = []
+        with engine.whole_model(self.options.gather) as alone, engine.in_mode(False):
+            for turn in range(-(-len(batches) // comm.world)):
+                number = turn * comm.world + comm.rank
+                if number < len(batches):
+                    mine.append((batches[number], compute(batches[number], alone).float()))
+                elif not alone:
+                    compute(batches[0], alone)  # the weights are sharded: all ranks run the same passes
+        width = max(comm.gather_objects(mine[0][1].shape[1] if mine else 0))
+        table = torch.zeros(len(ids), width, device=self._device)
+        for batch, rows in mine:
+            table[torch.tensor([place[i] for i in batch], device=table.device)] = rows.to(table.device)
+        table = comm.all_reduce(table, tag="pool").cpu()
+        bad = (~torch.isfinite(table).all(1)).nonzero().view(-1)
+        if bad.numel():
+            raise FishdipError(f"example {ids[int(bad[0])]} has a score that is not finite; remove the example, or lower the "
+                               "learning rate if training has diverged.")
+        return table
+
+    @property
+    def _device(self) -> torch.device:
+        return self.engine.deepspeed.device
+
+    def _source(self, i: int) -> list[int]:
+        item = self.dataset[i]
+        return item.get("prompt_ids", item["input_ids"])
+
+    def _input_key(self, i: int) -> tuple:
+        """What the model reads of an example."""
+        return tuple(self._source(i)), tuple(self.dataset[i].get("token_type_ids", ()))
+
+    def _run(self, items: list[dict], *, labels: bool = True, **options: object):
+        batch = {k: v.to(self._device) for k, v in self.collator(items).items() if labels or k != "labels"}
+        return self.engine.module(**batch, **options), batch
+
+    # ---- classifiers -----------------------------------------------------------------------------------
+
+    def _class_rows(self, ids: list[int], alone: bool, names: list[str], embed: bool, seed: int) -> torch.Tensor:
+        items = [{**self.dataset[i], "labels": 0} for i in ids]  # no gold label reaches the model
+        columns = []
+        if embed or set(names) - {"mc"}:
+            out, _ = self._run(items, labels=False, output_hidden_states=embed)
+            found = class_signals(out.logits.float().softmax(-1))
+            columns = [found[name].unsqueeze(1) for name in names if name != "mc"]
+        if "mc" in names:
+            total = 0.0  # in fp64, so that equal passes have exactly themselves as their mean
+            for _ in self._dropout_passes(ids, seed):
+                total = total + self._run(items, labels=False)[0].logits.float().softmax(-1).double()
+            columns.append(entropy((total / self.options.mc_passes).float()).unsqueeze(1))
+        if embed:
+            columns.append(out.hidden_states[-1][:, 0].float())
+        return torch.cat(columns, 1)
+
+    def _dropout_passes(self, ids: list[int], seed: int) -> Iterator[None]:
+        """For each pass, train mode and a random stream of its own."""
+        for step in range(self.options.mc_passes):
+            with self.engine.in_mode(True), own_stream(mix(seed, 21, step, ids[0])):
+                yield
+
+    # ---- sequence models -------------------------------------------------------------------------------
+
+    def _sequence_rows(self, ids: list[int], alone: bool, names: list[str], embed: bool, seed: int) -> torch.Tensor:
+        sources = [self._source(i) for i in ids]
+        outputs = self._greedy(ids, alone) if names else [[self.end_id]] * len(ids)
+        items = [self._with_output(source, output) for source, output in zip(sources, outputs, strict=True)]
+        out, batch = self._run(items, output_hidden_states=embed and self.collator.causal)
+        tokens = [torch.tensor(output, device=self._device) for output in outputs]
+        kind, columns = self.options.seq_uncertainty, []
+        if set(names) - {"mc"}:
+            probs = self._probs(out.logits, sources, outputs)
+            found = [sequence_signals(p, t, kind) for p, t in zip(probs, tokens, strict=True)]
+            columns = [torch.stack([row[name] for row in found]).unsqueeze(1) for name in names if name != "mc"]
+        if "mc" in names:
+            total = None
+            for _ in self._dropout_passes(ids, seed):
+                probs = self._probs(self._run(items)[0].logits, sources, outputs)
+                total = probs if total is None else [a.add_(b) for a, b in zip(total, probs, strict=True)]
+            means = [p.div_(self.options.mc_passes) for p in total]
+            values = [sequence_signals(p, t, kind)["entropy"] for p, t in zip(means, tokens, strict=True)]
+            columns.append(torch.stack(values).unsqueeze(1))
+        if embed and self.collator.causal:
+            columns.append(torch.stack([row[: len(s)].float().mean(0)
+                                        for row, s in zip(out.hidden_states[-1], sources, strict=True)]))
+        elif embed:
+            columns.append(_token_mean(out.encoder_last_hidden_state, batch["attention_mask"]))
+        return torch.cat(columns, 1)
+
+    def _greedy(self, ids: list[int], alone: bool) -> list[list[int]]:
+        """The model's own outputs, as token ids up to and with the end token. As ``generate`` makes them, unconstrained."""
+        prompts = {k: v.to(self._device) for k, v in self.collator.prompts([self.dataset[i] for i in ids]).items()}
+        skip = prompts["input_ids"].shape[1] if self.collator.causal else 1
+        rows = self.engine.module.generate(
+            **prompts, max_new_tokens=self.options.max_length, num_beams=1, do_sample=False, eos_token_id=self.end_id,
+            synced_gpus=not alone and self.engine.comm.world > 1, pad_token_id=self.collator.pad_id)[:, skip:].tolist()
+        return [row[: row.index(self.end_id) + 1] if self.end_id in row else row for row in rows]
+
+    def _with_output(self, source: list[int], output: list[int]) -> dict:
+        if not self.collator.causal:
+            return {"input_ids": source, "labels": output}
+        return {"input_ids": source + output, "labels": [IGNORE] * len(source) + output}
+
+    def _probs(self, logits: torch.Tensor, sources: list[list[int]], outputs: list[list[int]]) -> list[torch.Tensor]:
+        """Distribution at each token of each output: fp32 [T, V]."""
+        starts = [len(s) - 1 if self.collator.causal else 0 for s in sources]
+        return [row[at : at + len(o)].float().softmax(-1) for row, at, o in zip(logits, starts, outputs, strict=True)]
+
+    # ---- with gold labels ------------------------------------------------------------------------------
+
+    def _gold_rows(self, ids: list[int], alone: bool) -> torch.Tensor:
+        out, batch = self._run([self.dataset[i] for i in ids])
+        logits, labels, shift = out.logits, batch["labels"], shifts_labels(self.engine.module)
+        losses = sample_losses(logits, labels, "token_mean", shift)
+        if shift:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        right = (logits.argmax(-1) == labels) | (labels == IGNORE)
+        return torch.stack([losses, right.view(len(ids), -1).all(1).float()], 1)
+
+    def _layer_rows(self, ids: list[int], names: list[str]) -> torch.Tensor:
+        out, batch = self._run([self.dataset[i] for i in ids], output_hidden_states=True)
+        found = {}
+        if getattr(out, "encoder_hidden_states", None) is not None:
+            targets = (batch["labels"] != IGNORE).long()
+            for part, mask in (("encoder", batch["attention_mask"]), ("decoder", targets)):
+                states = getattr(out, f"{part}_hidden_states")
+                found.update({f"{part}.{n}": _token_mean(state, mask) for n, state in enumerate(states)})
+        else:
+            found = {f"layer.{n}": _token_mean(state, batch["attention_mask"]) for n, state in enumerate(out.hidden_states)}
+        names[:] = found
+        return torch.cat(list(found.values()), 1)
+
+
+def _token_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of [B, T, H] over the tokens of ``mask`` [B, T]: fp32 [B, H]."""
+    weights = mask.unsqueeze(-1).float()
+    return (states.float() * weights).sum(1) / weights.sum(1).clamp(min=1)

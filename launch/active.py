@@ -1,0 +1,10 @@
+"""Active learning: ``deepspeed launch/active.py --ds_config ds_configs/z3.json --queries random,entropy``.
+
+Also under ``torchrun`` and as plain ``python`` (one process). ``--help`` explains every flag.
+"""
+
+from fishdip_ds.training.active import active
+from fishdip_ds.training.main import main
+
+if __name__ == "__main__":
+    main(active)

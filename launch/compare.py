@@ -1,0 +1,14 @@
+"""Compare methods over seeds and sizes of the training set: ``python launch/compare.py --help``."""
+
+import sys
+from pathlib import Path
+
+from fishdip_ds.training.main import main
+
+if __name__ == "__main__":
+    def compare(argv: list[str]) -> None:
+        from fishdip_ds.training.compare import main as run  # late: after the libraries below are told to be quiet
+
+        run(argv, Path(__file__).with_name("train.py"))
+
+    main(compare, sys.argv[1:])

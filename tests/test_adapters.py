@@ -1,0 +1,125 @@
+"""Adapters of HF PEFT under ZeRO-3: they learn, what is saved is whole, and it loads again with the same outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import TextPairs, collate, ds_config, tiny_t5
+from ranks import run
+
+ADAPTERS = ("lora", "ia3", "prefix", "shira")
+
+
+def _bert():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(
+        vocab_size=61, hidden_size=18, num_hidden_layers=2, num_attention_heads=3, intermediate_size=31, num_labels=3,
+        max_position_embeddings=64)).eval()
+
+
+class _Labelled(TextPairs):
+    def __getitem__(self, index: int) -> dict:
+        return {**super().__getitem__(index), "labels": [index % 3]}
+
+
+def _labelled(items: list[dict]) -> dict[str, torch.Tensor]:
+    batch = collate(items)
+    return {**batch, "labels": batch["labels"][:, 0]}
+
+
+def _parts(encoder: bool):
+    data = (_Labelled if encoder else TextPairs)(16)
+    return (_bert() if encoder else tiny_t5()), data, (_labelled if encoder else collate)
+
+
+def _engine(strategy: str, encoder: bool, threshold: int, **options: object):
+    import fishdip_ds
+
+    model, data, join = _parts(encoder)
+    config = {**ds_config(micro=4, threshold=threshold, strategy=strategy), "optimizer": {
+        "type": "AdamW", "params": {"lr": 0.05}}}
+    config["fishdip"] = {"strategy": strategy, **options}
+    return fishdip_ds.initialize(model, config, data, join)[0]
+
+
+@torch.no_grad()
+def _logits(module, encoder: bool) -> torch.Tensor:
+    _, data, join = _parts(encoder)
+    module.eval()
+    return module(**join([data[i] for i in range(5)])).logits.float().clone()
+
+
+def _round_trip(strategy: str, encoder: bool, threshold: int, folder: str) -> int:
+    """Train, save both ways, load both ways; the number of trained weights."""
+    import peft
+
+    engine = _engine(strategy, encoder, threshold)
+    before = _logits(engine.module, encoder)
+    engine.train()
+    while engine.global_steps < 4:
+        for batch in engine.loader:
+            engine.train_step([batch])
+    trained = _logits(engine.module, encoder)
+    assert (trained - before).abs().max() > 1e-3
+    engine.save_checkpoint(f"{folder}/checkpoints")
+    adapter = engine.save_pretrained(Path(folder) / "adapter")
+    other = _engine(strategy, encoder, threshold)
+    other.load_checkpoint(f"{folder}/checkpoints")
+    torch.testing.assert_close(_logits(other.module, encoder), trained, rtol=1e-5, atol=1e-6)
+    loaded = peft.PeftModel.from_pretrained(_parts(encoder)[0], adapter)
+    torch.testing.assert_close(_logits(loaded, encoder), trained, rtol=1e-5, atol=1e-6)
+    with engine.whole_model(True):
+        torch.testing.assert_close(_logits(engine.module, encoder), trained, rtol=1e-5, atol=1e-6)
+    return engine.trained_weights
+
+
+def _all_round_trips(folder: str) -> dict:
+    return {(strategy, encoder, threshold): _round_trip(strategy, encoder, threshold,
+                                                        f"{folder}/{strategy}-{encoder}-{threshold}")
+            for strategy in ADAPTERS for encoder in (False, True) for threshold in ((0, 100_000) if not encoder else (0,))}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_is_saved_loads_again(tmp_path, world):
+    found = run(world, _all_round_trips, str(tmp_path))[0]
+    # IA3: keys and values (15 wide) of six attentions, inputs (31) of four feed-forward blocks.
+    assert found["ia3", False, 0] == 6 * 2 * 15 + 4 * 31
+    assert found["prefix", False, 0] == 20 * 2 * 2 * 15 and found["lora", False, 0] == found["shira", False, 0]
+    head = 18 * 3 + 3
+    assert found["prefix", True, 0] == 20 * 2 * 2 * 18 + head
+    assert found["ia3", True, 0] == 2 * (2 * 18 + 18 + 31) + head
+    for world_files in tmp_path.rglob("adapter_model.safetensors"):
+        assert world_files.stat().st_size > 1000
+
+
+def _matched(strategy: str, encoder: bool) -> tuple[int, int]:
+    engine = _engine(strategy, encoder, 0, match_density=0.15)
+    whole = sum(p.numel() for p in _parts(encoder)[0].parameters())
+    return engine.trained_weights, whole
+
+
+def test_sizes_that_match_a_density():
+    for strategy, encoder in (("lora", False), ("shira", False)):
+        trained, whole = run(1, _matched, strategy, encoder)[0]
+        rank_one = run(1, _rank_one, strategy, encoder)[0]
+        assert abs(trained - 0.15 * whole) <= rank_one / 2 + 18 * 3 + 3, (strategy, trained, whole)
+
+
+def _rank_one(strategy: str, encoder: bool) -> int:
+    return _engine(strategy, encoder, 0, **{f"{strategy}_r": 1}).trained_weights
+
+
+def test_what_cannot_be_is_refused():
+    from fishdip_ds.adapters import add_adapter
+    from fishdip_ds.config import FishdipConfig
+    from fishdip_ds.errors import ConfigError
+
+    with pytest.raises(ConfigError, match='PEFT cannot put strategy "shira" on a T5ForConditionalGeneration'):
+        add_adapter(tiny_t5(), FishdipConfig(strategy="shira", shira_r=500))
+    with pytest.raises(ConfigError, match=r'"fishdip\.lora_r" means nothing to strategy "ia3"'):
+        FishdipConfig.from_dict({"strategy": "ia3", "lora_r": 4})
+

@@ -1,0 +1,141 @@
+"""Comparisons: cells that resume, failures that are told, numbers that are numpy's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+
+from fishdip_ds.errors import ConfigError, FishdipError
+from fishdip_ds.training.compare import check_samples, parse
+from fishdip_ds.training.compare_table import markdown, paired, rows_of
+
+ROOT = Path(__file__).resolve().parents[2]
+JSON = str(ROOT / "ds_configs/z3.json")
+SMALL = ["--max_steps", "2", "--eval_limit", "4", "--max_target_length", "32", "--no_eval_before", "--no_tensorboard",
+         "--worst_samples", "4"]
+
+
+def _compare(output: Path, *flags: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, str(ROOT / "launch/compare.py"), "--output_dir", str(output), *flags],
+                          capture_output=True, text=True, timeout=800, env=env, cwd=ROOT)
+
+
+def _cells(output: Path) -> list[dict]:
+    return json.loads((output / "compare.json").read_text())["cells"]
+
+
+def test_a_grid_runs_resumes_and_tells_what_fails(tmp_path):
+    grid = ["--ds_config", JSON, "--methods", "full,random", "--seeds", "1,2", "--sizes", "24", "--jobs", "2", *SMALL]
+    done = _compare(tmp_path, *grid, "--against", "random", "--set", "full:lr=2e-3")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "[4/4]" in done.stdout and "min left" in done.stdout
+    cells = _cells(tmp_path)
+    assert [(c["method"], c["seed"], c["steps"]) for c in cells] == [(m, s, 2) for s in (1, 2) for m in ("full", "random")]
+    assert cells[0]["lr"] == 2e-3 and cells[1]["lr"] == 1e-2
+    assert cells[0]["samples_sha256"] == cells[1]["samples_sha256"] != cells[2]["samples_sha256"]
+    assert cells[0]["trained_weights"] == 1804672 and cells[1]["trained_weights"] == 18046
+    assert (tmp_path / "test.png").read_bytes()[:4] == b"\x89PNG" and not list(tmp_path.rglob("checkpoints"))
+
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("cell.json")}
+    again = _compare(tmp_path, *grid, "--against", "random", "--set", "full:lr=2e-3")
+    assert again.returncode == 0 and "4 of 4 cells are finished already" in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("cell.json")} == times
+    assert "| full |" in _compare(tmp_path, "--table_only").stdout
+
+    # Another rate is another cell; one method's rate leads to a loss that is not finite.
+    failing = _compare(tmp_path, *[f if f != "1,2" else "1" for f in grid], "--set", "random:lr=1e30", "random:clip=0",
+                       "full:lr=2e-3", "--against", "random")
+    assert failing.returncode == 1 and "error: 1 of 2 cells failed" in failing.stderr
+    assert "1 of 2 cells are finished already" in failing.stdout and "| random (1 failed) |" in failing.stdout
+    bad = next(c for c in _cells(tmp_path) if c["exit_code"])
+    assert bad["method"] == "random" and "lower the learning rate" in bad["error"]
+    assert len(list(tmp_path.rglob("cell.json"))) == 5
+
+
+def _made_up() -> list[dict]:
+    scores = {("full", "0.1"): [0.31, 0.37, 0.28], ("fish_dip", "0.1"): [0.35, 0.39, 0.34],
+              ("full", "0.5"): [0.61, 0.60, 0.66], ("fish_dip", "0.5"): [0.60, 0.63, 0.65]}
+    return [{"method": method, "size": size, "seed": seed, "exit_code": 0, "scores": {"test": {"f1": value}},
+             "headline": {"test": "f1"}, "trained_weights": 10, "seconds": 2.0, "samples_sha256": f"{size}{seed}"}
+            for (method, size), values in scores.items() for seed, value in enumerate(values)]
+
+
+def test_the_numbers_of_the_table_are_those_of_numpy():
+    from scipy import stats
+
+    cells = _made_up()
+    rows = {(r["size"], r["method"]): r for r in rows_of(cells, "test", "fish_dip")}
+    for size in ("0.1", "0.5"):
+        of = {m: numpy.array([c["scores"]["test"]["f1"] for c in cells if (c["method"], c["size"]) == (m, size)])
+              for m in ("full", "fish_dip")}
+        row, difference = rows[size, "full"], of["full"] - of["fish_dip"]
+        assert row["mean"] == pytest.approx(numpy.mean(of["full"]))
+        assert row["deviation"] == pytest.approx(of["full"].std(ddof=1))
+        low, high = stats.t.interval(0.95, 2, loc=difference.mean(), scale=stats.sem(difference))
+        assert row["difference"] == pytest.approx(difference.mean())
+        assert (row["difference"] - row["half_width"], row["difference"] + row["half_width"]) == pytest.approx((low, high))
+        assert (row["wins"], row["pairs"]) == ((difference > 0).sum(), 3) and "difference" not in rows[size, "fish_dip"]
+    text = markdown(list(rows.values()), "f1", "fish_dip")
+    assert "| full | 10 | 32.00 | 4.58 | -4.00 | -8.97 to +0.97 | 0/3 | 2 |" in text
+
+
+def test_seeds_that_only_one_method_has_are_not_paired():
+    alone = paired({1: 0.5, 2: 0.7}, {2: 0.6, 3: 0.1})
+    assert (alone.n, alone.wins) == (1, 1) and alone.half_width != alone.half_width
+    assert paired({1: 0.5}, {2: 0.5}) is None
+
+
+def test_other_samples_for_the_same_seed_are_an_error():
+    cells = _made_up()
+    check_samples(cells)
+    cells[0]["samples_sha256"] = "other"
+    with pytest.raises(FishdipError, match=r"were trained on other samples for size 0\.1 and seed 0"):
+        check_samples(cells)
+
+
+GRID = ["--ds_config", JSON, "--output_dir", "x", "--methods", "fish_dip,lora,shira,full,dps"]
+
+
+def _flags(*more: str) -> dict[str, list[str]]:
+    return {cell.method: list(cell.flags) for cell in parse([*GRID, "--seeds", "3", "--sizes", "0.5", *more]).cells()}
+
+
+def test_each_method_gets_its_own_flags_and_all_the_same_samples():
+    flags = _flags("--density", "0.02", "--match_trained", "lora,shira", "--set", "lora:lr=0.004", "--batch_size", "8")
+    for own in flags.values():
+        for pair in (["--fraction", "0.5"], ["--subset_seed", "3"], ["--seed", "3"], ["--batch_size", "8"]):
+            assert own[own.index(pair[0]) : own.index(pair[0]) + 2] == pair
+    assert flags["lora"][-4:] == ["--lr", "0.004", "--match_density", "0.02"] and "0.02" in flags["shira"]
+    assert "--density" in flags["fish_dip"] and not {"--density"} & {*flags["full"], *flags["dps"]}
+    assert flags["full"][-1] == flags["dps"][-1] == "0.001" and flags["fish_dip"][-1] == "0.01"
+
+
+def test_another_setting_is_another_cell_and_order_is_not():
+    digest = lambda *more: parse([*GRID, "--seeds", "1", *more]).cells()[0].digest  # noqa: E731
+    assert digest() == digest("--set", "full:lr=1", "--jobs", "2") != digest("--set", "fish_dip:lr=1")
+    assert digest("--ranks", "2") != digest() != digest("--max_steps", "9")
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--methods", "fishdip"], 'unknown method \'fishdip\'; did you mean "fish_dip"'),
+    (["--output", "y"], "--output is set by the comparison itself"),
+    (["--max_stepps", "4"], 'flag --max_stepps is unknown; did you mean "max_steps"'),
+    (["--set", "lora:rank=4"], "'rank' is no flag of training that can be set"),
+    (["--set", "fish:lr=4"], "is not of the form METHOD:KEY=VALUE with a method of fish_dip, lora"),
+    (["--match_trained", "full"], "--match_trained full: its size cannot be chosen"),
+    (["--match_trained", "lora", "--against", "full"], "which --against full has not"),
+    (["--sizes", "0.1,2.5"], "size '2.5' is neither a share"),
+    (["--seeds", "1,1"], "--seeds is empty or names one thing twice"),
+    (["--ds_config", "no.json"], "no DeepSpeed configuration at no.json"),
+])
+def test_contradictions_are_told_before_anything_runs(flags, message):
+    with pytest.raises(ConfigError) as caught:
+        parse([*GRID, *flags]).cells()
+    assert message in str(caught.value)
