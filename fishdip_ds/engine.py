@@ -223,11 +223,11 @@ class Engine(ModelVerbs):
 
         return load(self, Path(load_dir), tag)
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the whole model as an ordinary transformers folder. **Collective**; rank 0 writes."""
+    def save_pretrained(self, folder: str | Path, max_shard_size: str = "5GB") -> Path:
+        """Write the whole model as an ordinary transformers folder. **Collective**; rank 0 writes, one tensor at a time."""
         from fishdip_ds.checkpoint.export import save_pretrained
 
-        return save_pretrained(self.module, self.comm, Path(folder))
+        return save_pretrained(self.module, self.comm, Path(folder), max_shard_size)
 
     # ---- the mask --------------------------------------------------------------------------------------
 

@@ -1,82 +1,109 @@
-"""A run's result as an ordinary transformers folder, made from files alone: no engine, never the whole model."""
+"""Deltas merged into their base as an ordinary transformers folder, from files alone: no engine, never the whole model."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import torch
 
+from fishdip_ds.checkpoint.base_files import INDEX, BaseFiles
 from fishdip_ds.checkpoint.delta import Delta
-from fishdip_ds.errors import FishdipError
+from fishdip_ds.checkpoint.rules import check_rule, merge
+from fishdip_ds.errors import ConfigError, FishdipError
 
-_ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
-"""Names under which files may hold a tied embedding."""
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".onnx", ".gguf")
+"""Files of a model folder that hold weights: those of the base must not stand beside the merged ones."""
 
 
-def write_merged(base: Path, delta: Delta, out: Path) -> Path:
-    """Copy the safetensors folder ``base`` to ``out`` with the delta's entries changed, one file at a time. Local.
+def write_merged(base: Path, deltas: Sequence[Delta], out: Path, *, max_shard_size: str | int = "5GB", rule: str = "refuse",
+                 weights: Sequence[float] | None = None) -> Path:
+    """Write the safetensors folder ``base`` to ``out`` with the deltas' entries changed. Local.
+
+    Memory: one shard at a time, of which only changed tensors are copied; the others stay mapped from the base's files.
+
+    Args:
+        max_shard_size: bytes of tensors in a file, or text such as ``"500MB"``; one tensor is never cut.
+        rule, weights: see ``fishdip_ds.checkpoint.rules``.
 
     Raises:
-        FishdipError: no safetensors in ``base``, a tensor of the delta that its files lack, or the disk refuses.
+        FishdipError: other base weights, no safetensors in ``base``, a tensor that its files lack, or the disk refuses.
+        ConfigError: deltas that overlap under ``refuse``, a rule or size that cannot be read.
     """
-    from safetensors import safe_open
     from safetensors.torch import save_file
 
-    files = sorted(base.glob("*.safetensors"))
-    if not files:
-        raise FishdipError(f"{base} has no safetensors files; load the model, apply the delta by fishdip_ds.load_delta and "
-                           "save it by save_pretrained.")
-    missing = set(delta.entries)
+    factors, limit = check_rule(rule, weights, len(deltas)), parse_size(max_shard_size)
+    files = BaseFiles(base, deltas[0].facts["tensors"])
+    for delta in deltas:
+        BaseFiles(base, delta.facts["tensors"]).check(f"delta {delta.name}", delta.facts.get("base_model"))
+    shards = _plan(files, limit)
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = ["model.safetensors"] if len(shards) == 1 else names
+    total = 0
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for path in files:
-            with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  safe_open is no mapping
-                about = file.metadata()
-            for key, tensor in tensors.items():
-                name = _name_in(delta, key)
-                if name is not None:
-                    at, values = delta.entries[name]
-                    stored = tensor.contiguous().view(-1).clone()
-                    stored[at] = values.to(stored.dtype)
-                    tensors[key] = stored.view(tensor.shape)
-                    missing.discard(name)
-            save_file(tensors, out / path.name, metadata=about)
+        for keys, file in zip(shards, names, strict=True):
+            tensors = {key: _changed(files, key, deltas, rule, factors) for key in keys}
+            total += sum(t.numel() * t.element_size() for t in tensors.values())
+            save_file(tensors, out / file, metadata={"format": "pt"})
             del tensors
-        if missing:
-            raise FishdipError(f"the files of {base} hold no tensor {sorted(missing)[0]!r}; give the folder of the base "
-                               "model.")
+        if len(shards) > 1:
+            places = {key: file for keys, file in zip(shards, names, strict=True) for key in keys}
+            value = {"metadata": {"total_size": total}, "weight_map": places}
+            (out / INDEX).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
         for path in base.iterdir():
-            if path.is_file() and path.suffix != ".safetensors":
+            if path.is_file() and path.suffix not in _WEIGHTS and not path.name.endswith(".index.json"):
                 shutil.copy2(path, out / path.name)
-    except OSError as error:
+    except (FishdipError, ConfigError):
+        raise
+    except Exception as error:  # safetensors has an error class of its own for a full disk
         raise FishdipError(f"could not write the merged model to {out}: {error}; free space or choose another "
                            "folder.") from None
     return out
 
 
-def _name_in(delta: Delta, key: str) -> str | None:
-    """The delta's name of a stored tensor; a tied embedding may be stored under another name."""
-    if key in delta.entries:
-        return key
-    tied = key in _ALIASES and key not in delta.facts["tensors"]
-    return next((n for n in ("shared.weight", "model.embed_tokens.weight") if tied and n in delta.entries), None)
+def _changed(files: BaseFiles, key: str, deltas: Sequence[Delta], rule: str, factors: Sequence[float]) -> torch.Tensor:
+    stored, name = files.read(key), files.name_of(key)
+    if name is None or not any(name in d.entries for d in deltas):
+        return stored
+    flat = stored.reshape(-1)
+    at, values = merge(name, deltas, flat.to(getattr(torch, files.facts[name]["dtype"])), rule, factors)
+    flat = flat.clone()
+    flat[at] = values.to(flat.dtype)
+    return flat.view(stored.shape)
 
 
-def same_base(base: Path, delta: Delta) -> None:
-    """``FishdipError`` unless the files of ``base`` hold the weights that the delta was trained from (dtype included)."""
+def _plan(files: BaseFiles, limit: int) -> list[list[str]]:
+    """Keys of each shard, in the order of the base's files, filled up to ``limit`` bytes."""
     from safetensors import safe_open
 
-    from fishdip_ds.fingerprint import fingerprint
-
-    facts = delta.facts["tensors"]
-    for path in sorted(base.glob("*.safetensors")):
+    shards, room = [[]], limit
+    for path in dict.fromkeys(files.places.values()):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  safe_open is no mapping
-                if key in facts:
-                    stored = file.get_tensor(key).to(getattr(torch, facts[key]["dtype"]))
-                    if fingerprint(stored) != facts[key]["base"]:
-                        raise FishdipError(f"{base} is not the base of delta {delta.name}: {key} differs; give the model that "
-                                           f"{json.dumps(delta.facts.get('base_model', 'the run'))} names.")
+                piece = file.get_slice(key)
+                bits = re.search(r"\d+", piece.get_dtype())  # F32, BF16, F8_E4M3, BOOL
+                size = prod(piece.get_shape()) * (int(bits[0]) if bits else 8) // 8
+                if size > room and shards[-1]:
+                    shards.append([])
+                    room = limit
+                shards[-1].append(key)
+                room -= size
+    return shards
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of ``"5GB"``, ``"20 KB"`` or a number, decimal as transformers counts them.
+
+    Raises:
+        ConfigError: anything else, or nothing.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", str(text).upper())
+    size = int(float(found[1]) * 1000 ** ("KMGT".index(found[2]) + 1 if found[2] else 0)) if found else 0
+    if size < 1:
+        raise ConfigError(f"the shard size {text!r} is no number of bytes; give one such as 5GB or 500MB.")
+    return size

@@ -5,18 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from fishdip_ds.checkpoint.delta import Delta, export_delta
-from fishdip_ds.checkpoint.merged import same_base, write_merged
+from fishdip_ds.checkpoint.delta import STORES, Delta, export_delta
+from fishdip_ds.checkpoint.merged import parse_size, write_merged
+from fishdip_ds.checkpoint.rules import RULES, check_rule
 from fishdip_ds.errors import ConfigError
 from fishdip_ds.training.taskfile import NAME
 
+EMBEDDED = "embedded T5"
+"""What a run without ``--model`` calls its base."""
 EPILOG = """examples:
   python launch/export.py delta --from_run runs/ner-fish_dip --out deltas/ner
   python launch/export.py merged --from_run runs/ner-fish_dip --out models/ner
-  python launch/export.py merged --delta deltas/ner --base models/flan-t5-xl --out models/ner
+  python launch/export.py merged --delta deltas/ner --base models/flan-t5-xl --out models/ner --max_shard_size 2GB
+  python launch/export.py merged --delta deltas/ner deltas/srl --rule weights --weights 0.5 0.5 --out models/both
 """
 
 
@@ -27,8 +32,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("what", choices=["delta", "merged"], help="changed weights alone, or a whole transformers folder")
     parser.add_argument("--from_run", type=Path, help="folder of a run of launch/train.py")
     parser.add_argument("--tag", help="checkpoint of the run, such as step-000300 (default: the last)")
-    parser.add_argument("--delta", type=Path, help="merged: a delta folder in place of --from_run")
-    parser.add_argument("--base", type=Path, help="merged: folder of the base model (default: the run's --model)")
+    parser.add_argument("--delta", type=Path, nargs="+", help="merged: delta folders in place of --from_run")
+    parser.add_argument("--base", type=Path, help="folder of the base model, for merged and for differences (default: the "
+                        "run's --model)")
+    parser.add_argument("--store", choices=STORES, default="values", help="delta: new values, exact (default), or their "
+                        "differences to the base in fp32")
+    parser.add_argument("--rule", choices=RULES, default="refuse", help="merged: what becomes of weights that several deltas "
+                        "change; see docs/checkpoint-format.md (default refuse)")
+    parser.add_argument("--weights", type=float, nargs="+", help="merged: factor of each delta, with --rule weights")
+    parser.add_argument("--max_shard_size", default="5GB", help="merged: largest file of weights, such as 500MB; what is held "
+                        "in memory at a time (default 5GB)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     return parser
 
@@ -41,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     if args.out.exists() and any(args.out.iterdir() if args.out.is_dir() else [args.out]):
         raise ConfigError(f"{args.out} is there already and not an empty folder; choose another --out.")
     if args.what == "delta":
-        _delta(args.from_run, args.tag, args.out)
+        _delta(args.from_run, args.tag, args.out, args.store, args.base)
         facts = json.loads((args.out / "delta.json").read_text(encoding="utf-8"))
         print(f"wrote {args.out}: {facts['entries']:,} of {facts['weights']:,} weights, "
               f"{sum(p.stat().st_size for p in args.out.iterdir()) / 2**20:.2f} MiB")
@@ -50,36 +63,47 @@ def main(argv: Sequence[str]) -> None:
     print(f"wrote {args.out}")
 
 
-def _delta(run: Path, tag: str | None, out: Path) -> None:
-    config, results = _config(run), run / "results.json"
+def _delta(run: Path, tag: str | None, out: Path, store: str = "values", base: Path | None = None) -> None:
+    config, results = read_config(run), run / "results.json"
     scores = json.loads(results.read_text(encoding="utf-8"))["after"] if results.is_file() else {}
+    named = config["flags"]["model"] or EMBEDDED
     export_delta(run / "checkpoints", out, tag, {
-        "base_model": config["flags"]["model"] or "embedded T5", "config": config["deepspeed"]["fishdip"], "scores": scores})
+        "base_model": named, "config": config["deepspeed"]["fishdip"], "scores": scores}, store=store,
+        base=base or base_folder(named))
     if (run / NAME).is_file():
         shutil.copy2(run / NAME, out / NAME)
 
 
 def _merged(args: argparse.Namespace) -> None:
-    import tempfile
-
-    from fishdip_ds.training.models import embedded_model
-
+    check_rule(args.rule, args.weights, len(args.delta or [args.from_run]))
+    parse_size(args.max_shard_size)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.delta or Path(scratch) / "delta"
+        folders = args.delta or [Path(scratch) / "delta"]
         if args.from_run is not None:
-            _delta(args.from_run, args.tag, folder)
-        delta = Delta.read(folder)
-        named = delta.facts.get("base_model")
-        base = args.base or (embedded_model() if named == "embedded T5" else Path(str(named)))
+            _delta(args.from_run, args.tag, folders[0])
+        deltas = [Delta.read(folder) for folder in folders]
+        named = deltas[0].facts.get("base_model")
+        base = args.base or base_folder(named)
         if not base.is_dir():
             raise ConfigError(f"the base model {str(base)!r} is no folder here; give --base, the folder with its safetensors.")
-        same_base(base, delta)
-        write_merged(base, delta, args.out)
-        if (folder / NAME).is_file():
-            shutil.copy2(folder / NAME, args.out / NAME)
+        write_merged(base, deltas, args.out, max_shard_size=args.max_shard_size, rule=args.rule, weights=args.weights)
+        if len(folders) == 1 and (folders[0] / NAME).is_file():
+            shutil.copy2(folders[0] / NAME, args.out / NAME)
 
 
-def _config(run: Path) -> dict:
+def base_folder(named: str | None) -> Path:
+    """Where the base model of that name is, if it is a folder here."""
+    from fishdip_ds.training.models import embedded_model
+
+    return embedded_model() if named == EMBEDDED else Path(str(named))
+
+
+def read_config(run: Path) -> dict:
+    """``config.json`` of a run.
+
+    Raises:
+        ConfigError: there is none.
+    """
     try:
         return json.loads((run / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
