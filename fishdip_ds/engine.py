@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from fishdip_ds.selector import LossFn, SelectionReport
 from fishdip_ds.strategies.registry import strategy_class
 from fishdip_ds.verbs import Verbs
 from fishdip_ds.zero3.gradients import GradientTap, MaskedAccumulator
+from fishdip_ds.zero3.masked_linear import MaskedGradients
 from fishdip_ds.zero3.partition import backward, partition
 from fishdip_ds.zero3.shards import ShardLayout
 
@@ -71,6 +73,8 @@ class Engine(ModelVerbs):
         self._loss_fn = loss_fn
         self._shift = shifts_labels(model)
         self._tap = GradientTap(self.layout)
+        self._masked = MaskedGradients(self.layout, wanted=run.fishdip.masked_gradients == "on",
+                                       may_prune=not isinstance(optimizer, Adafactor))  # it asks which tensors were used
         self._mask: Mask | None = None
         self._mask_step = 0
         self._entries: OwnedEntries | None = None
@@ -114,10 +118,12 @@ class Engine(ModelVerbs):
         weight = self.batch_weight(batch)  # before the batch moves to the device, or counting would wait for it
         batch = self.to_device(batch)
         if self._loss_fn is not None:
-            losses = self._loss_fn(self.module, batch)
+            with self._masked.training() if training else nullcontext():
+                losses = self._loss_fn(self.module, batch)
             out, weight = SimpleNamespace(loss=losses.mean(), losses=losses), float(losses.numel())
         else:
-            out = self.module(**batch)
+            with self._masked.training() if training else nullcontext():
+                out = self.module(**batch)
         if training:
             filler = ids is not None and bool((ids == FILLER).all())
             self._weight = 0.0 if filler else weight
@@ -129,8 +135,9 @@ class Engine(ModelVerbs):
             raise FishdipError("engine.backward was called without a forward pass with gradients before it; "
                                "call engine(**batch) first, outside torch.no_grad.")
         self._accumulator.begin(self._weight, loss)
-        with self._tap.into(self._accumulator):
-            backward(self.deepspeed, loss)
+        with self._tap.into(self._accumulator), self._masked.training(backward=True):
+            if not self._masked.stops_at(loss):
+                backward(self.deepspeed, loss)
         self._weight = None
         self.micro_steps += 1
 
@@ -325,6 +332,8 @@ class Engine(ModelVerbs):
     def _use(self, mask: Mask, entries: OwnedEntries, step: int) -> None:
         self._mask, self._entries, self._mask_step = mask, entries, step
         self._accumulator = MaskedAccumulator(self.layout, mask, self.layout.device())
+        with self.selector.timed("plans"):
+            self._masked.plan(mask, self._accumulator)
 
     # ---- helpers ---------------------------------------------------------------------------------------
 
