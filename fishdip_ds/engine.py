@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +25,7 @@ from fishdip_ds.selection.mask import Mask, union_sorted
 from fishdip_ds.selection.rng import random_state, set_random_state
 from fishdip_ds.selector import LossFn, SelectionReport
 from fishdip_ds.strategies.registry import strategy_class
+from fishdip_ds.target_logits import TargetLogits
 from fishdip_ds.verbs import Verbs
 from fishdip_ds.zero3.gradients import GradientTap, MaskedAccumulator
 from fishdip_ds.zero3.masked_linear import MaskedGradients
@@ -75,6 +76,7 @@ class Engine(ModelVerbs):
         self._tap = GradientTap(self.layout)
         self._masked = MaskedGradients(self.layout, wanted=run.fishdip.masked_gradients == "on",
                                        may_prune=not isinstance(optimizer, Adafactor))  # it asks which tensors were used
+        self._targets = TargetLogits(model, wanted=run.fishdip.masked_gradients == "on")
         self._mask: Mask | None = None
         self._mask_step = 0
         self._entries: OwnedEntries | None = None
@@ -109,25 +111,32 @@ class Engine(ModelVerbs):
         """Run the model on one micro-batch of this rank and return its output, with ``.loss``. **Collective.**
 
         ``sample_ids`` is taken out of the batch. Under ``torch.no_grad`` this is evaluation: no selection,
-        nothing recorded. Otherwise, at the first micro-batch of a step that is due, a new mask is chosen first.
+        nothing recorded. Otherwise, at the first micro-batch of a step that is due, a new mask is chosen first, and of a plain
+        causal model ``.logits`` holds the target positions only, as one sequence (``"masked_gradients": "off"``: all).
         """
         training = torch.is_grad_enabled()
         if training and self.micro_steps % self.run.accumulation == 0:
             self._prepare(self.global_steps + 1)
         ids = batch.pop("sample_ids", None)
         weight = self.batch_weight(batch)  # before the batch moves to the device, or counting would wait for it
+        labels = batch.get("labels")
         batch = self.to_device(batch)
         if self._loss_fn is not None:
             with self._masked.training() if training else nullcontext():
                 losses = self._loss_fn(self.module, batch)
             out, weight = SimpleNamespace(loss=losses.mean(), losses=losses), float(losses.numel())
         else:
-            with self._masked.training() if training else nullcontext():
+            with self._training_pass(labels, set(batch)) if training else nullcontext():
                 out = self.module(**batch)
         if training:
             filler = ids is not None and bool((ids == FILLER).all())
             self._weight = 0.0 if filler else weight
         return out
+
+    @contextmanager
+    def _training_pass(self, labels: object, names: set[str]) -> Iterator[None]:
+        with self._masked.training(), self._targets.only(labels, names):
+            yield
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backpropagate ``loss`` (0-D, the mean of this micro-batch) and keep the masked entries. **Collective.**"""

@@ -63,7 +63,8 @@ class TensorPlan:
         touched = torch.zeros(shape[1], dtype=torch.int32, device=entries.device)
         touched[col.long()] = 1
         place = (touched.cumsum(0, dtype=torch.int32) - 1).clamp_(min=0)
-        return cls(shape, entries, rows, counts.cumsum(0, dtype=torch.int32), touched.nonzero().view(-1).to(torch.int32), place)
+        cols = touched.nonzero().view(-1).to(torch.int32)
+        return cls(shape, entries, rows, counts.cumsum(0, dtype=torch.int32), cols, place)
 
     @cached_property
     def sizes(self) -> tuple[int, int, int]:
@@ -164,7 +165,8 @@ def grouped(sums: torch.Tensor, plan: TensorPlan, g: torch.Tensor, x: torch.Tens
 
 def sampled(sums: torch.Tensor, plan: TensorPlan, g: torch.Tensor, x: torch.Tensor, alpha: float) -> None:
     """One dot product per entry, in a compiled kernel."""
-    kernel(g.device.type)(sums, g.contiguous(), x.contiguous(), plan.entries, plan.rows, plan.ends, plan.cols, plan.place, alpha)
+    run = kernel(g.device.type)
+    run(sums, g.contiguous(), x.contiguous(), plan.entries, plan.rows, plan.ends, plan.cols, plan.place, alpha)
 
 
 def looked_up(sums: torch.Tensor, plan: TensorPlan, g: torch.Tensor, ids: torch.Tensor, padding: int, alpha: float) -> None:

@@ -233,10 +233,9 @@ class MaskedGradients:
 
     def _say_dense(self, tensor: TensorShard, plan: mask_plan.TensorPlan) -> None:
         if self._layout.comm.rank == 0:
-            share = plan.entries.numel() / tensor.numel
-            logger.warning(f"masked gradients: {tensor.name} has {100 * share:.1f} % of its entries in the mask, for which the "
-                           "whole product is cheaper; it is computed and the entries are picked (said for the first such "
-                           "tensor only).")
+            share = f"{100 * plan.entries.numel() / tensor.numel:.1f} %"
+            logger.warning(f"masked gradients: {tensor.name} has {share} of its entries in the mask, for which the whole "
+                           "product is cheaper: it is computed and the entries are picked (said of one tensor only).")
 
 
 @contextmanager
