@@ -1,12 +1,15 @@
 """Step time and peak memory of ``fish_dip`` beside stock full finetuning and LoRA, in one run.
 
-    python benchmarks/step.py
+    python benchmarks/step.py [--size smollm2] [--dtype fp32]
 
-A T5-base-size model (about 223M weights, random), bf16, one rank, batch 4 x 64 source and 48 target tokens;
-each method in a process of its own, in turn, several rounds. Prints one JSON object as its last line: ratios are
-ours divided by theirs, medians of the rounds. Memory is the peak resident set above that of the process
-with the weights loaded, in GiB; selection of the mask is measured apart (``*_with_refresh`` includes it).
-``gradient_bytes_ratio`` is what one rank of two sends per step for gradients, divided by 4 bytes x k.
+A T5-base-size model (about 223M weights, random), one rank, batch 4 x 64 source and 48 target tokens; or SmolLM2-135M
+with its own weights on sentences of CrossNER. Masks are FISH-DIP's own: the top of the squared gradients of the worst
+samples. Every method lives in a process of its own and all take their steps in turn, one each, so that whatever else the
+machine does falls on all alike. Prints one JSON object as its last line: ratios are ours divided by theirs, the median
+over turns of the ratio inside a turn, by the wall clock and (``cpu_ratio_*``) by seconds of processor time. Memory is the
+peak resident set above that of the process with the weights loaded, in GiB; selection is measured apart
+(``*_with_refresh`` includes it). ``gradient_bytes_ratio`` is what one rank of two sends per step for gradients, divided by
+4 bytes x k.
 """
 
 from __future__ import annotations
@@ -24,24 +27,24 @@ import threading
 import time
 from pathlib import Path
 
-METHODS = ("fish_dip", "full", "lora")
+from models import SIZES, SMOLLM2, build_data, build_model
+
+PEERS = ("full", "lora", "off")
 GIB = 1024**3
-SIZES = {"base": {"d_model": 768, "d_kv": 64, "num_heads": 12, "d_ff": 3072, "num_layers": 12, "vocab_size": 32128},
-         "tiny": {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128, "num_layers": 2, "vocab_size": 512}}
 
 
 class PeakMemory:
-    """Samples this process's resident set every 2 ms; ``take`` gives the peak since the last ``take``, in GiB."""
+    """Samples this process's resident set every 5 ms; ``take`` gives the peak since the last ``take``, in GiB."""
 
     def __init__(self) -> None:
-        self._peak, self._stop = 0, False
+        self._peak = 0
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def _watch(self) -> None:
-        while not self._stop:
+        while True:
             self._peak = max(self._peak, resident_bytes())
-            time.sleep(0.002)
+            time.sleep(0.005)
 
     def take(self) -> float:
         """Peak in GiB; starts over after giving freed memory back to the system."""
@@ -57,120 +60,205 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def worker(args: argparse.Namespace) -> None:
-    """Measure one method in this process; rank 0 writes its figures to ``args.worker_out``."""
-    import torch
+class Worker:
+    """One method on one model in this process, driven by commands: one JSON line in, one out."""
 
-    torch.set_num_threads(args.threads)
-    import fishdip_ds
-    from fishdip_ds.distributed import close_distributed, init_distributed
+    def __init__(self, args: argparse.Namespace) -> None:
+        import torch
 
-    comm = init_distributed()
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
-    model = build_model(args.size, dtype)
-    generator = torch.Generator().manual_seed(comm.rank)
-    vocabulary = SIZES[args.size]["vocab_size"]
-    items = [{"input_ids": torch.randint(2, vocabulary, (args.source,), generator=generator),
-              "labels": torch.randint(2, vocabulary, (args.target,), generator=generator)} for _ in range(args.batch * 4)]
-    collate = lambda rows: {k: torch.stack([r[k] for r in rows]) for k in rows[0]}  # noqa: E731
-    config = {
-        "train_micro_batch_size_per_gpu": args.batch, "gradient_clipping": 1.0, "bf16": {"enabled": args.dtype == "bf16"},
-        "zero_optimization": {"stage": 3, "reduce_bucket_size": 5_000_000, "stage3_param_persistence_threshold": 100_000},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
-        "fishdip": {"strategy": args.worker, "density": args.density, "refresh_interval": 10**9, "worst_samples": 3,
-                    "scan_batch_size": args.batch, "lora_r": 16}}
-    ctypes.CDLL(None).malloc_trim(0)
-    loaded, memory = resident_bytes() / GIB, PeakMemory()
-    engine, _, loader, _ = fishdip_ds.initialize(model, config, items, collate)
-    engine.train()
-    if args.worker == "fish_dip":
-        engine.refresh()
-    selection_peak = memory.take()
-    seconds = []
-    while len(seconds) < args.steps + 2:
-        for batch in loader:
-            begin = time.perf_counter()
-            engine.backward(engine(**batch).loss)
-            engine.step()
-            seconds.append(time.perf_counter() - begin)
-    figures = {"seconds": statistics.median(seconds[2 : args.steps + 2]), "peak_gib": memory.take() - loaded,
-               "start_gib": selection_peak - loaded,
-               "trained": engine.mask.count if args.worker == "fish_dip"
-               else sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)}
-    if args.worker == "fish_dip":
-        figures["gradient_bytes_per_step"] = engine.comm.sent_bytes["gradients"] / engine.global_steps
-    if comm.rank == 0:
-        Path(args.worker_out).write_text(json.dumps(figures))
-    close_distributed()
+        torch.set_num_threads(args.threads)
+        import fishdip_ds
+        from fishdip_ds.distributed import init_distributed
+
+        self.args, self.comm = args, init_distributed()
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+        model = build_model(args.size, dtype, args.layers)
+        items, collate = build_data(args.size, args.batch, args.source, args.target, self.comm.rank)
+        ours = args.worker in ("fish_dip", "off")
+        section = {"strategy": "fish_dip" if ours else args.worker}
+        if ours:
+            section |= {"density": args.density[0], "refresh_interval": 10**9, "worst_samples": 3,
+                        "scan_batch_size": args.batch, "masked_gradients": "off" if args.worker == "off" else "auto"}
+        config = {
+            "train_micro_batch_size_per_gpu": args.batch, "gradient_clipping": 1.0, "bf16": {"enabled": args.dtype == "bf16"},
+            "zero_optimization": {"stage": 3, "reduce_bucket_size": 5_000_000, "stage3_param_persistence_threshold": 100_000},
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}, "fishdip": section}
+        ctypes.CDLL(None).malloc_trim(0)
+        self.loaded, self.memory = resident_bytes() / GIB, PeakMemory()
+        self.engine, _, self.loader, _ = fishdip_ds.initialize(model, config, items, collate)
+        self.engine.train()
+        if ours:
+            self._select()
+        self.start_gib = self.memory.take() - self.loaded
+        self.batches = list(self.loader)
+        row = int((self.batches[0]["labels"][:, -1] >= 0).nonzero()[0])  # one that is not padded
+        short = {k: v[row : row + 1, -8:] for k, v in self.batches[0].items() if v.dim() == 2}
+        for _ in range(4):  # DeepSpeed records the order of modules, then works out what to keep: no part of a step
+            self._step(short)
+        self._step(self.batches[0])
+        self.memory.take()
+        self.at = 0
+
+    def _select(self) -> None:
+        """Masks of every density from one selection's scores."""
+        engine, selector = self.engine, self.engine.selector
+        selector.report.step = 1
+        worst = selector.losses(kind="token_mean").topk(3).indices.tolist()
+        scores = selector.fisher(worst)
+        self.masks = {d: selector.top(scores, d) for d in self.args.density}
+        engine.set_mask(self.masks[self.args.density[0]])
+
+    def _step(self, batch: dict) -> tuple[float, float]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.engine.backward(self.engine(**batch).loss)
+        self.engine.step()
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    def step(self, density: float | None = None) -> dict:
+        """One step; of the mask of that density."""
+        if density is not None and self.engine.mask is not self.masks[density]:
+            self.engine.set_mask(self.masks[density])
+        batch = self.batches[self.at % len(self.batches)]
+        self.at += 1
+        self.memory.take()
+        wall, cpu = self._step(dict(batch))
+        return {"seconds": wall, "cpu_seconds": cpu, "peak_gib": self.memory.take() - self.loaded}
+
+    def facts(self) -> dict:
+        """What does not change from step to step."""
+        engine = self.engine
+        if self.args.worker not in ("fish_dip", "off"):
+            return {"start_gib": self.start_gib, "trained": sum(
+                getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)}
+        return {"start_gib": self.start_gib, "trained": engine.mask.count,
+                "plans_ms": round(1000 * engine.selector.report.seconds.get("plans", 0.0), 1) / (1 + len(self.args.density)),
+                "gradient_bytes_per_step": engine.comm.sent_bytes["gradients"] / max(engine.global_steps, 1)}
+
+    def serve(self) -> None:
+        """Answer commands until the input ends."""
+        print("@" + json.dumps(self.facts()), flush=True)
+        for line in sys.stdin:
+            print("@" + json.dumps(self.step(**json.loads(line))), flush=True)
 
 
-def build_model(size: str, dtype):
-    """A randomly initialised T5 v1.0 of that size."""
-    import torch
-    from transformers import T5Config, T5ForConditionalGeneration
+class Method:
+    """A worker process as the parent sees it."""
 
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    model = T5ForConditionalGeneration(T5Config(**SIZES[size], dropout_rate=0.0, decoder_start_token_id=0))
-    torch.set_default_dtype(before)
-    return model
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        self.name = name
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  lives as long as the process
+        self.process = subprocess.Popen([sys.executable, __file__, *flags(args, worker=name)], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment())
+        self.facts = self._answer()
+
+    def _answer(self) -> dict:
+        for line in self.process.stdout:
+            if line.startswith("@"):
+                return json.loads(line[1:])
+        self._log.seek(0)
+        raise SystemExit(f"{self.name} failed:\n{self._log.read()[-3000:]}")
+
+    def step(self, **options: object) -> dict:
+        """One step of this method."""
+        self.process.stdin.write(json.dumps(options) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
 
 
-def measure(method: str, args: argparse.Namespace, ranks: int, steps: int) -> dict:
-    """Run one method in fresh processes."""
+def environment() -> dict[str, str]:
+    """Threads that wait must not spin while another method has its turn."""
+    return {**os.environ, "DS_LOG_LEVEL": "error", "OMP_WAIT_POLICY": "passive"}
+
+
+def flags(args: argparse.Namespace, **more: object) -> list[str]:
+    """The command line that gives a worker these settings."""
+    values = {k: getattr(args, k) for k in ("size", "dtype", "batch", "source", "target", "threads", "layers")}
+    return [*(f"--{k}={v}" for k, v in {**values, **more}.items()), "--density", *map(str, args.density)]
+
+
+def bytes_of_two(args: argparse.Namespace) -> float:
+    """Gradient bytes that one of two ranks sends per step, over 4 bytes x k."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "figures.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0",
-                   "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"] if ranks > 1 else [sys.executable]
-        flags = {"worker": method, "worker_out": out, "steps": steps, "size": args.size, "dtype": args.dtype,
-                 "batch": args.batch, "source": args.source, "target": args.target, "density": args.density,
-                 "threads": args.threads if ranks == 1 else 1}
-        done = subprocess.run([*command, __file__, *(f"--{k}={v}" for k, v in flags.items())], capture_output=True,
-                              text=True, env={**os.environ, "DS_LOG_LEVEL": "error"})
+        out = Path(folder) / "facts.json"
+        one = argparse.Namespace(**{**vars(args), "threads": 1, "density": args.density[:1]})
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+             "--rdzv-endpoint", "127.0.0.1:0", __file__, *flags(one, worker="fish_dip", worker_out=out)],
+            capture_output=True, text=True, env=environment())
         if done.returncode:
-            raise SystemExit(f"{method} on {ranks} ranks failed:\n{done.stderr[-3000:]}")
-        return json.loads(out.read_text())
+            raise SystemExit(f"two ranks failed:\n{done.stderr[-3000:]}")
+        facts = json.loads(out.read_text())
+        return facts["gradient_bytes_per_step"] / (4 * facts["trained"])
+
+
+def summary(turns: list[dict], facts: dict[str, dict], density: float, peers: list[str]) -> dict:
+    """Ratios of one density over all turns."""
+    ours = f"fish_dip {density}"
+    out: dict[str, object] = {}
+    for peer in peers:
+        for key, name in (("seconds", "time"), ("cpu_seconds", "cpu")):
+            ratios = [t[ours][key] / t[peer][key] for t in turns]
+            out[f"{name}_ratio_{peer}"] = round(statistics.median(ratios), 3)
+            if name == "time":
+                out[f"time_ratio_{peer}_turns"] = [round(r, 3) for r in ratios]
+        peak = {m: max(t[m]["peak_gib"] for t in turns) for m in (ours, peer)}
+        out[f"memory_ratio_{peer}"] = round(peak[ours] / peak[peer], 3)
+        start = facts["fish_dip"]["start_gib"], facts[peer]["start_gib"]
+        out[f"memory_ratio_{peer}_with_refresh"] = round(max(peak[ours], start[0]) / max(peak[peer], start[1]), 3)
+    return out
 
 
 def main() -> None:
     """Measure all methods and print the table and the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="base", help="model size (default base)")
+    parser.add_argument("--size", choices=[*SIZES, SMOLLM2], default="base", help="model (default base: T5 of 223M)")
+    parser.add_argument("--layers", type=int, default=0, help="blocks of a T5 stack (default: the size's)")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="weights and activations")
     parser.add_argument("--batch", type=int, default=4, help="samples per step (default 4)")
-    parser.add_argument("--source", type=int, default=64, help="source tokens (default 64)")
-    parser.add_argument("--target", type=int, default=48, help="target tokens (default 48)")
-    parser.add_argument("--density", type=float, default=0.01, help="share of weights trained (default 0.01)")
-    parser.add_argument("--steps", type=int, default=6, help="timed steps per round (default 6)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, the methods in turn (default 3)")
+    parser.add_argument("--source", type=int, default=64, help="source tokens of T5 (default 64)")
+    parser.add_argument("--target", type=int, default=48, help="target tokens of T5 (default 48)")
+    parser.add_argument("--density", type=float, nargs="+", default=[0.005, 0.01], help="shares of weights trained")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=["full", "lora"],
+                        help="whom to compare with; off is fish_dip that computes whole weight gradients")
+    parser.add_argument("--turns", type=int, default=6, help="timed steps of each method (default 6)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--worker_out", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(args)
+        worker = Worker(args)
+        if not args.worker_out:
+            worker.serve()
+            os._exit(0)
+        if worker.comm.rank == 0:
+            Path(args.worker_out).write_text(json.dumps(worker.facts()))
+        from fishdip_ds.distributed import close_distributed
+
+        close_distributed()
         return
-    runs: dict[str, list[dict]] = {method: [] for method in METHODS}
-    for _ in range(args.rounds):
-        for method in METHODS:
-            runs[method].append(measure(method, args, 1, args.steps))
-    two = measure("fish_dip", args, 2, 2)
-    middle = {m: {key: statistics.median(r[key] for r in rows) for key in rows[0]} for m, rows in runs.items()}
-    print(f"{'':10}{'s/step':>9}{'peak GiB':>10}{'start GiB':>11}{'trained':>14}")
-    for method, row in middle.items():
-        print(f"{method:10}{row['seconds']:>9.3f}{row['peak_gib']:>10.3f}{row['start_gib']:>11.3f}{row['trained']:>14,.0f}")
-    ours = middle["fish_dip"]
-    whole = {m: max(row["peak_gib"], row["start_gib"]) for m, row in middle.items()}
+    methods = {name: Method(name, args) for name in ["fish_dip", *args.peers]}
+    facts, turns = {name: m.facts for name, m in methods.items()}, []
+    for _ in range(args.turns):
+        turn = {peer: methods[peer].step() for peer in args.peers}
+        for density in args.density:
+            turn[f"fish_dip {density}"] = methods["fish_dip"].step(density=density)
+        turns.append(turn)
+    for method in methods.values():
+        method.process.stdin.close()
+        method.process.wait()
+    middle = {m: {k: statistics.median(t[m][k] for t in turns) for k in turns[0][m]} for m in turns[0]}
+    print(f"{'':16}{'s/step':>9}{'cpu s':>9}{'peak GiB':>10}")
+    for name, row in middle.items():
+        print(f"{name:16}{row['seconds']:>9.3f}{row['cpu_seconds']:>9.3f}{row['peak_gib']:>10.3f}")
+    import torch
+
     result = {
-        **{f"time_ratio_{m}": round(ours["seconds"] / middle[m]["seconds"], 3) for m in ("full", "lora")},
-        **{f"memory_ratio_{m}": round(ours["peak_gib"] / middle[m]["peak_gib"], 3) for m in ("full", "lora")},
-        **{f"memory_ratio_{m}_with_refresh": round(whole["fish_dip"] / whole[m], 3) for m in ("full", "lora")},
-        "gradient_bytes_ratio": round(two["gradient_bytes_per_step"] / (4 * two["trained"]), 4),
-        "time_ratio_lora_rounds": [round(a["seconds"] / b["seconds"], 3)
-                                   for a, b in zip(runs["fish_dip"], runs["lora"], strict=True)],
+        "by_density": {str(d): summary(turns, facts, d, args.peers) for d in args.density},
+        "gradient_bytes_ratio": round(bytes_of_two(args), 4) if args.size != SMOLLM2 else None,
+        "methods": middle, "facts": facts,
         "settings": {k: v for k, v in vars(args).items() if not k.startswith("worker")},
-        "methods": middle, "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+                    "bf16_instructions": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()), "torch": torch.__version__}}
     print(json.dumps(result))
 
 

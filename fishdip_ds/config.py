@@ -49,6 +49,9 @@ class FishdipConfig:
     """Module mode of later selections; the reference code leaves it at train."""
     worst_count_unit: str = "samples"
     """samples, or batches: the reference code's rule, a tenth of the number of batches within 3..25."""
+    masked_gradients: str = "on"
+    """on (what "auto" means): compute of a weight's gradient only what the mask keeps, the cheapest way per tensor; off: the
+    whole of it."""
     pad_as_target: bool = False
     """Reference quirk: pad every target to the limit and count pads as labels (task data only)."""
     active_layers: int = 2
@@ -98,8 +101,8 @@ class FishdipConfig:
         _one_of("strategy", self.strategy, registry.known())
         _one_of("sample_loss", self.sample_loss, ("token_mean", "sum", "padded_mean"))
         for name, allowed in (("worst_count_unit", ("samples", "batches")), ("scope", ("model", "tensor")),
-                              ("fisher", ("sample", "global")), ("masked_update", ("frozen", "momentum")),
-                              ("mixup_form", ("rank1", "convex"))):
+                              ("masked_gradients", ("on", "off")), ("fisher", ("sample", "global")),
+                              ("masked_update", ("frozen", "momentum")), ("mixup_form", ("rank1", "convex"))):
             _one_of(name, getattr(self, name), allowed)
         for name in ("select_mode_first", "select_mode_refresh"):
             _one_of(name, getattr(self, name), ("eval", "train"))

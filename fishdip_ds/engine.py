@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +26,10 @@ from fishdip_ds.selection.mask import Mask, union_sorted
 from fishdip_ds.selection.rng import random_state, set_random_state
 from fishdip_ds.selector import LossFn, SelectionReport
 from fishdip_ds.strategies.registry import strategy_class
+from fishdip_ds.target_logits import TargetLogits
 from fishdip_ds.verbs import Verbs
 from fishdip_ds.zero3.gradients import GradientTap, MaskedAccumulator
+from fishdip_ds.zero3.masked_linear import MaskedGradients
 from fishdip_ds.zero3.partition import backward, partition
 from fishdip_ds.zero3.shards import ShardLayout
 
@@ -73,6 +76,9 @@ class Engine(ModelVerbs):
         self._loss_fn = loss_fn
         self._shift = shifts_labels(model)
         self._tap = GradientTap(self.layout)
+        self._masked = MaskedGradients(self.layout, wanted=run.fishdip.masked_gradients == "on",
+                                       may_prune=not isinstance(optimizer, Adafactor))  # it asks which tensors were used
+        self._targets = TargetLogits(model, wanted=run.fishdip.masked_gradients == "on")
         self._mask: Mask | None = None
         self._mask_step = 0
         self._entries: OwnedEntries | None = None
@@ -107,23 +113,32 @@ class Engine(ModelVerbs):
         """Run the model on one micro-batch of this rank and return its output, with ``.loss``. **Collective.**
 
         ``sample_ids`` is taken out of the batch. Under ``torch.no_grad`` this is evaluation: no selection,
-        nothing recorded. Otherwise, at the first micro-batch of a step that is due, a new mask is chosen first.
+        nothing recorded. Otherwise, at the first micro-batch of a step that is due, a new mask is chosen first, and of a plain
+        causal model ``.logits`` holds the target positions only, as one sequence (``"masked_gradients": "off"``: all).
         """
         training = torch.is_grad_enabled()
         if training and self.micro_steps % self.run.accumulation == 0:
             self._prepare(self.global_steps + 1)
         ids = batch.pop("sample_ids", None)
         weight = self.batch_weight(batch)  # before the batch moves to the device, or counting would wait for it
+        labels = batch.get("labels")
         batch = self.to_device(batch)
         if self._loss_fn is not None:
-            losses = self._loss_fn(self.module, batch)
+            with self._masked.training() if training else nullcontext():
+                losses = self._loss_fn(self.module, batch)
             out, weight = SimpleNamespace(loss=losses.mean(), losses=losses), float(losses.numel())
         else:
-            out = self.module(**batch)
+            with self._training_pass(labels, set(batch)) if training else nullcontext():
+                out = self.module(**batch)
         if training:
             filler = ids is not None and bool((ids == FILLER).all())
             self._weight = 0.0 if filler else weight
         return out
+
+    @contextmanager
+    def _training_pass(self, labels: object, names: set[str]) -> Iterator[None]:
+        with self._masked.training(), self._targets.only(labels, names):
+            yield
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backpropagate ``loss`` (0-D, the mean of this micro-batch) and keep the masked entries. **Collective.**"""
@@ -131,8 +146,9 @@ class Engine(ModelVerbs):
             raise FishdipError("engine.backward was called without a forward pass with gradients before it; "
                                "call engine(**batch) first, outside torch.no_grad.")
         self._accumulator.begin(self._weight, loss)
-        with self._tap.into(self._accumulator):
-            backward(self.deepspeed, loss)
+        with self._tap.into(self._accumulator), self._masked.training(backward=True):
+            if not self._masked.stops_at(loss):
+                backward(self.deepspeed, loss)
         self._weight = None
         self.micro_steps += 1
 
@@ -356,6 +372,8 @@ class Engine(ModelVerbs):
     def _use(self, mask: Mask, entries: OwnedEntries, step: int) -> None:
         self._mask, self._entries, self._mask_step = mask, entries, step
         self._accumulator = MaskedAccumulator(self.layout, mask, self.layout.device())
+        with self.selector.timed("plans"):
+            self._masked.plan(mask, self._accumulator)
 
     # ---- helpers ---------------------------------------------------------------------------------------
 

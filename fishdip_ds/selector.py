@@ -35,7 +35,7 @@ class SelectionReport:
     step: int
     """Number of the optimizer step it was made for, from 1."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Seconds by part: losses, scores, topk."""
+    """Seconds by part: losses, scores, topk, plans (of masked gradients)."""
     threshold: float = float("nan")
     """The smallest selected score."""
     worst: list[tuple[int, float]] = field(default_factory=list)
@@ -83,7 +83,7 @@ class Selector:
         Raises:
             FishdipError: on all ranks, naming the first sample whose loss is not finite.
         """
-        with self._timed("losses"), self._mode(train_mode), torch.no_grad():
+        with self.timed("losses"), self._mode(train_mode), torch.no_grad():
             batches = self._scan_batches()
             table = torch.zeros(self.n_samples, dtype=torch.float32, device=self.layout.device())
             for turn in range(-(-len(batches) // self.comm.world)):
@@ -106,7 +106,7 @@ class Selector:
         Empirical Fisher diagonal, Sung et al. 2021 eq. 4 without the constant; one sample per pass and rank.
         Every rank runs the same number of passes; those without a sample run one of weight zero.
         """
-        with self._timed("scores"), self._mode(train_mode), torch.enable_grad():
+        with self.timed("scores"), self._mode(train_mode), torch.enable_grad():
             squares = SquareAccumulator(self.layout, self.layout.device())
             with self._tap.into(squares):
                 for turn in range(-(-len(sample_ids) // self.comm.world)):
@@ -204,7 +204,8 @@ class Selector:
                 module.training = flag
 
     @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
+    def timed(self, part: str) -> Iterator[None]:
+        """Count the block's seconds to ``part`` of the report."""
         begin = time.perf_counter()
         yield
         self.report.seconds[part] = self.report.seconds.get(part, 0.0) + time.perf_counter() - begin

@@ -65,7 +65,7 @@ class Verbs(Selector):
 
     def gradient(self, sample_ids: Sequence[int], *, train_mode: bool = False) -> Scores:
         """Gradient of the mean loss of the samples taken as one batch: bitwise the same for any number of ranks."""
-        with self._timed("scores"), self._mode(train_mode), torch.enable_grad():
+        with self.timed("scores"), self._mode(train_mode), torch.enable_grad():
             sums = SumAccumulator(self.layout, self.layout.device())
             self._one_by_one(sums, list(sample_ids))
         total = float(self.comm.all_reduce(sums.totals, tag="checks")[0])
@@ -117,7 +117,7 @@ class Verbs(Selector):
         """
         ranked, whole = self._ranked(among, always_on)
         numel = sum(t.numel for t in ranked)
-        with self._timed("topk"):
+        with self.timed("topk"):
             if scope == "tensor":
                 owned = {t.index: self._topk(scores, [t], math.ceil(t.numel * density))[t.index] for t in ranked}
             else:

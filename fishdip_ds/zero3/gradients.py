@@ -78,11 +78,19 @@ class MaskedAccumulator:
     def __call__(self, tensor: TensorShard, grad: torch.Tensor) -> None:
         if not self._weight:  # a filler batch only keeps the ranks in step; its gradient may be anything
             return
-        self.buffer[self._k + 3 + tensor.index] = 1.0
-        view = self._views.get(tensor.index)
-        if view is not None:
-            indices, sums = view
-            sums.add_(grad.reshape(-1).index_select(0, indices).float(), alpha=self._weight)
+        sums = self.use(tensor.index)
+        if sums is not None:
+            sums.add_(grad.reshape(-1).index_select(0, self._views[tensor.index][0]).float(), alpha=self._weight)
+
+    @property
+    def weight(self) -> float:
+        """Weight of the backward pass that was begun last."""
+        return self._weight
+
+    def use(self, index: int) -> torch.Tensor | None:
+        """Note that a tensor has a gradient; its piece of the k-vector, fp32 [k_t], or None if the mask has none of it."""
+        self.buffer[self._k + 3 + index] = 1.0
+        return self._views[index][1] if index in self._views else None
 
     @property
     def gradient(self) -> torch.Tensor:

