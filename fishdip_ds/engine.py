@@ -243,7 +243,7 @@ class Engine(ModelVerbs):
         """Write the whole model as an ordinary transformers folder. **Collective**; rank 0 writes, one tensor at a time."""
         from fishdip_ds.checkpoint.export import save_pretrained
 
-        return save_pretrained(self.module, self.comm, Path(folder), max_shard_size)
+        return save_pretrained(self.module, self.comm, Path(folder), max_shard_size=max_shard_size)
 
     # ---- the mask --------------------------------------------------------------------------------------
 
