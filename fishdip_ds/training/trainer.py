@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 import fishdip_ds
 from fishdip_ds.checkpoint.files import prune
@@ -45,6 +46,7 @@ class Trainer:
                 self.say(remark)
         self.train_data = Mixture([c.data["train"] for c in self.corpora], self.args.temperature)
         self.collator = self._collator()
+        self._warn_of_memory(model)
         self.engine, _, self.loader, _ = fishdip_ds.initialize(
             model, self.run.ds, self.train_data, self.collator, lr_scheduler=self._scheduler(), total_steps=self.max_steps)
         self.engine.on_refresh = self._tell_refresh
@@ -194,6 +196,17 @@ class Trainer:
         raise Stopped(self.engine.global_steps)
 
     # ---- building --------------------------------------------------------------------------------------
+
+    def _warn_of_memory(self, model: PreTrainedModel) -> None:
+        """The planner's sentence, before an out-of-memory can say it worse."""
+        from fishdip_ds.planning.guard import warning
+
+        if self.comm.rank == 0:
+            source, target = (max(len(item[key]) for item in self.train_data) for key in ("input_ids", "labels"))
+            words = warning(model, self.run, samples=len(self.train_data), source=source, target=1 if self.causal else target,
+                            checkpointing=self.args.gradient_checkpointing)
+            if words:
+                self.say(words)
 
     def _collator(self) -> Collator:
         if not self.run.fishdip.pad_as_target:
