@@ -94,7 +94,7 @@ class Engine(ModelVerbs):
         self._new_schedule: Callable[[], object] = lambda: None
         if isinstance(optimizer, Adafactor):
             optimizer.shapes = tuple(t.shape for t in self.layout.tensors)
-            optimizer.rms_of_weights = self._rms_of_weights
+            optimizer.rms_of_weights = self.layout.rms
         if self.strategy.needs_samples and (training_data is None or collate_fn is None):
             raise ConfigError(f'strategy "{run.fishdip.strategy}" scores training samples; pass training_data and '
                               "collate_fn to fishdip_ds.initialize.")
@@ -398,9 +398,3 @@ class Engine(ModelVerbs):
                 shard = t.owned()
                 shard.index_copy_(0, at.to(shard.device), new.to(shard.device, shard.dtype))
         self.layout.publish([t for t, (lo, hi) in zip(self.layout.tensors, self._mask.segments, strict=True) if hi > lo])
-
-    def _rms_of_weights(self) -> torch.Tensor:
-        """RMS of each full weight: fp32 [tensors] on the cpu, global. One all-reduce."""
-        squares = torch.stack([t.owned().float().square().sum().to(self.layout.device()) for t in self.layout.tensors])
-        total = self.comm.all_reduce(squares, tag="rms").cpu()
-        return (total / torch.tensor([t.numel for t in self.layout.tensors])).sqrt()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 import fishdip_ds
 from fishdip_ds.checkpoint.files import prune
@@ -53,6 +54,7 @@ class Trainer:
                 self.say(remark)
         self.train_data = self._training_data()
         self.collator = collator_for(model, self.tokenizer) if head else self._collator()
+        self._warn_of_memory(model)
         self.engine, _, self.loader, _ = fishdip_ds.initialize(
             model, self.run.ds, self.train_data, self.collator, lr_scheduler=self._scheduler(), total_steps=self.max_steps,
             data_workers=self.args.data_workers)
@@ -222,6 +224,19 @@ class Trainer:
 
     def _training_data(self) -> Dataset:
         return Mixture([c.data["train"] for c in self.corpora], self.args.temperature)
+
+    def _warn_of_memory(self, model: PreTrainedModel) -> None:
+        """The planner's sentence, before an out-of-memory can say it worse."""
+        from fishdip_ds.planning.guard import warning
+
+        if self.comm.rank == 0:
+            source = max(len(item["input_ids"]) for item in self.train_data)
+            written = [item["labels"] for item in self.train_data if isinstance(item["labels"], list) and not self.causal]
+            target = max(map(len, written), default=1)
+            words = warning(model, self.run, samples=len(self.train_data), source=source, target=target,
+                            checkpointing=self.args.gradient_checkpointing)
+            if words:
+                self.say(words)
 
     def _collator(self) -> Collator:
         if not self.run.fishdip.pad_as_target:

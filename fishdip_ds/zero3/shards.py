@@ -132,6 +132,12 @@ class ShardLayout:
                 t.param.data.view(-1).copy_(gathered[:, at : at + n].reshape(-1)[: t.numel])
                 at += n
 
+    def rms(self) -> torch.Tensor:
+        """Root mean square of each full weight: fp32 [tensors] on the cpu, global. **Collective**, one all-reduce."""
+        squares = torch.stack([t.owned().float().square().sum().to(self.device()) for t in self.tensors])
+        total = self.comm.all_reduce(squares, tag="rms").cpu()
+        return (total / torch.tensor([t.numel for t in self.tensors])).sqrt()
+
     def fingerprints(self) -> dict[str, int]:
         """A 63-bit checksum of each tensor's global value, the same for any number of ranks. **Collective.**"""
         sums = torch.zeros(len(self.tensors), dtype=torch.int64, device=self.device())

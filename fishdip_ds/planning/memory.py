@@ -1,0 +1,120 @@
+"""Bytes that one rank holds, by part. Parts that depend on where a mask's entries lie are the mean over ranks."""
+
+from __future__ import annotations
+
+from fishdip_ds.optim.adamw import AdamW
+from fishdip_ds.planning.graph import Work
+from fishdip_ds.planning.setting import Setting
+from fishdip_ds.planning.shapes import ModelShape, TensorShape
+from fishdip_ds.zero3.gradients import CHUNK, EXCHANGE
+from fishdip_ds.zero3.shards import matches
+
+INDEX, FP32, POSITION = 4, 4, 8
+"""Bytes of an entry of the mask, of a score or gradient, of an owned position (int64)."""
+TOTALS = 3
+"""Scalars that travel behind the k-vector, and one more of each tensor."""
+
+
+def eligible(model: ModelShape, setting: Setting) -> list[TensorShape]:
+    """The tensors that selection may pick from."""
+    return [t for t in model.tensors if matches(t.name, setting.eligible)]
+
+
+def mask_count(model: ModelShape, setting: Setting) -> int:
+    """Entries of a mask, k."""
+    return int(sum(t.numel for t in eligible(model, setting)) * setting.density)
+
+
+def kept_gathered(model: ModelShape, setting: Setting) -> list[TensorShape]:
+    """Tensors that ZeRO-3 keeps whole on every rank between steps."""
+    return [t for t in model.tensors if t.numel <= setting.persistence]
+
+
+def lora_numel(model: ModelShape, rank: int) -> int:
+    """Weights of adapters on all linear layers but the output head."""
+    return sum(rank * sum(t.shape) for t in model.tensors if t.linear and not t.name.startswith("lm_head"))
+
+
+def persistent(model: ModelShape, setting: Setting) -> dict[str, float]:
+    """Bytes on one rank that live from step to step. Off-loaded weight shards are in host memory and not counted."""
+    world, size = setting.world, setting.itemsize
+    parts: dict[str, float] = {
+        "weight shard": 0 if setting.offload else size * sum(t.piece(world) for t in model.tensors),
+        "small tensors kept gathered": 0 if world == 1 and not setting.offload else
+        size * sum(t.numel for t in kept_gathered(model, setting))}
+    if setting.strategy == "full":
+        return {**parts, **_stock(model.numel, setting), "reduce bucket": size * min(setting.reduce_bucket, model.numel)}
+    if setting.strategy == "lora":
+        adapters = lora_numel(model, setting.lora_r)
+        return {**parts, "adapters": size * adapters / world, **_stock(adapters, setting),
+                "reduce bucket": size * min(setting.reduce_bucket, adapters)}
+    k = mask_count(model, setting)
+    ever = min(setting.ever * k, sum(t.numel for t in eligible(model, setting)))
+    return {
+        **parts, "mask index": INDEX * k, "k-vector": FP32 * (k + TOTALS + len(model.tensors)),
+        "owned optimizer state": optimizer_bytes(model, setting, k), "owned positions": POSITION * k / world,
+        "ever trained: positions and base values": (POSITION + size) * ever / world}
+
+
+def optimizer_bytes(model: ModelShape, setting: Setting, k: int) -> float:
+    """Master and state of the owned entries, and what an optimizer keeps whole on every rank."""
+    if setting.optimizer != "Adafactor":
+        return k / setting.world * (FP32 + sum(dtype.itemsize for _, dtype in AdamW.ENTRY_STATE))
+    statistics = sum(t.numel // t.shape[-1] + t.numel // t.shape[-2] if len(t.shape) > 1 else t.numel
+                     for t in model.tensors)
+    return FP32 * (k / setting.world + statistics) + 2 * POSITION * k  # row and column of every entry
+
+
+def _stock(trained: int, setting: Setting) -> dict[str, float]:
+    """ZeRO-3's own: a gradient in the weights' dtype; an fp32 master and AdamW's moments."""
+    return {"gradient shard": setting.itemsize * trained / setting.world, "fp32 master": FP32 * trained / setting.world,
+            "moments": 2 * FP32 * trained / setting.world}
+
+
+def working_set(model: ModelShape, setting: Setting) -> float:
+    """Bytes of gathered weights during a pass, at most, beside those always gathered: see ``docs/scaling.md``.
+
+    DeepSpeed holds gathered weights for their next use up to ``stage3_max_live_parameters``; embedding tables stay
+    until backward has ended, and backward gathers one module's weights before it lets go of the last one's.
+    """
+    if setting.world == 1 and not setting.offload:
+        return 0
+    passing = [t for t in model.tensors if t.numel > setting.persistence]
+    held = sum(t.numel for t in passing if t.embedding)
+    largest = max((t.numel for t in passing if not t.embedding), default=0)
+    limit = setting.prefetch + (setting.max_live if setting.max_reuse else 0)
+    return setting.itemsize * min(sum(t.numel for t in passing), max(held + 2 * largest + setting.prefetch, limit))
+
+
+def gradient(model: ModelShape, setting: Setting) -> float:
+    """Bytes of the largest gradient that stands for a moment; an embedding's comes in two parts that are added."""
+    if setting.strategy == "lora":
+        return 0
+    return setting.itemsize * max((2 if t.embedding else 1) * t.numel for t in model.tensors)
+
+
+def step(model: ModelShape, setting: Setting, work: Work) -> dict[str, float]:
+    """Bytes that come and go with a step, at its peak; ``work`` is of one micro-batch."""
+    parts = {"gathered weights (at most)": working_set(model, setting), "one gradient": gradient(model, setting),
+             "activations (estimate)": work.checkpointed if setting.checkpointing else work.activations}
+    if setting.strategy == "full":  # the optimizer's step turns the gradient shard to fp32, a sub-group at a time
+        parts["fp32 gradient at the step"] = FP32 * min(model.numel / setting.world, 1e9)
+    return parts
+
+
+def refresh(model: ModelShape, setting: Setting, work: Work) -> dict[str, float]:
+    """Bytes that come and go with the Fisher passes of a refresh, at their peak; ``work`` is of one sample."""
+    world = setting.world
+    scores = FP32 * sum(-(-t.numel // world) for t in eligible(model, setting))
+    bound = setting.score_memory_gib * 2**30
+    largest = max(t.piece(world) for t in model.tensors)
+    exchange = 2 * FP32 * (min(world * largest, EXCHANGE) if world > 1 else min(CHUNK, largest))
+    return {"gathered weights (at most)": working_set(model, setting), "one gradient": gradient(model, setting),
+            "scores": min(scores, bound) if bound else scores, "exchange of squares": exchange,
+            "activations (estimate)": work.checkpointed if setting.checkpointing else work.activations}
+
+
+def scan(model: ModelShape, setting: Setting, logits: int) -> dict[str, float]:
+    """Bytes of the loss scan: gathered weights, one batch's logits and one sample's in fp32, twice."""
+    return {"gathered weights (at most)": working_set(model, setting), "logits": logits,
+            "one sample's losses": 2 * logits / setting.scan_batch * FP32 / setting.itemsize}

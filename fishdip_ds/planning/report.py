@@ -1,0 +1,50 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from fishdip_ds.planning.plan import GIB, Plan, sentence
+from fishdip_ds.planning.shapes import ModelShape
+from fishdip_ds.planning.traffic import passes, score_groups
+
+
+def text(plan: Plan, model: ModelShape, advice: list[str]) -> str:
+    """Tables of memory, traffic, and time."""
+    s = plan.setting
+    lines = [f"{plan.model}: {plan.weights:,} weights, {plan.trained:,} trained at a time ({s.strategy}), {s.world} ranks on "
+             f"{s.nodes} node{'s' if s.nodes > 1 else ''}, micro batch {s.micro_batch} x {s.accumulation}, "
+             f"{s.source}/{s.target} tokens, {'bf16' if s.itemsize == 2 else 'fp32'}", ""]
+    lines += _table("bytes per rank, between steps", plan.persistent, GIB, "GiB")
+    for moment, parts in plan.moments.items():
+        lines += _table(f"and at the peak of a {moment}", parts, GIB, "GiB")
+    lines += _table("sent by one rank in a step", plan.step_bytes, 1e9, "GB")
+    if plan.refresh_bytes:
+        lines += _table("sent by one rank in a refresh", plan.refresh_bytes, 1e9, "GB")
+        lines.append(f"a refresh: {s.train_samples} losses, then {passes(s)} Fisher pass(es) for each of "
+                     f"{score_groups(model, s)} group(s) of scores, every {s.refresh_interval} steps")
+    lines += _table("FLOPs of one rank", plan.flops, 1e12, "TFLOP")
+    lines += _table("seconds, estimated", plan.seconds, 1, "s", total=False)
+    return "\n".join([*lines, sentence(plan, advice)])
+
+
+def _table(title: str, parts: dict[str, float], unit: float, name: str, *, total: bool = True) -> list[str]:
+    rows = [*parts.items(), *([("sum", sum(parts.values()))] if total and len(parts) > 1 else [])]
+    return [title, *(f"  {part:<44}{value / unit:>14,.4f}{' ' + name if '%' not in part else ''}" for part, value in rows), ""]
+
+
+def nodes_table(plans: list[Plan]) -> str:
+    """Markdown, one row for each plan: how memory, traffic and time go with the number of ranks."""
+    heads = ["ranks", "nodes", "between steps, GiB", "peak, GiB", "gathers, GB", "k-vector, GB",
+             "out of a node by gathers, GB",
+             "squares of a refresh, GB", "out of a node by squares, GB", "step, s",
+             "refresh, % of training"]
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for p in plans:
+        s, gathers = p.setting, p.step_bytes["gathers of weights (DeepSpeed)"]
+        squares = p.refresh_bytes.get("scores", 0.0)
+        outside = (s.nodes - 1) / s.nodes
+        cells = [s.world, s.nodes, sum(p.persistent.values()) / GIB, p.peak / GIB, gathers / 1e9,
+                 p.step_bytes["gradients"] / 1e9, gathers / 1e9 if s.nodes > 1 else 0.0, squares / 1e9,
+                 s.gpus_per_node * squares * outside / 1e9, p.seconds["step"],
+                 p.seconds.get("refresh, share of training (%)", 0.0)]
+        rows.append("| " + " | ".join(f"{c:,}" if isinstance(c, int) else f"{c:.3f}" for c in cells) + " |")
+    return "\n".join(rows)

@@ -1,0 +1,139 @@
+"""The tensors of a model without its weights: from a name, a folder, a built-in table of the T5 family, or a module."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fishdip_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+T5_V1 = {  # Raffel et al. 2020, table 13 and section 3.7: (d_model, d_kv, heads, d_ff, layers of each stack); tied head
+    "t5-small": (512, 64, 8, 2048, 6), "t5-base": (768, 64, 12, 3072, 12), "t5-large": (1024, 64, 16, 4096, 24),
+    "t5-3b": (1024, 128, 32, 16384, 24), "t5-11b": (1024, 128, 128, 65536, 24)}
+T5_V1_1 = {  # the v1.1 release, which FLAN-T5 starts from: gated GELU, an output head of its own
+    "small": (512, 64, 6, 1024, 8), "base": (768, 64, 12, 2048, 12), "large": (1024, 64, 16, 2816, 24),
+    "xl": (2048, 64, 32, 5120, 24), "xxl": (4096, 64, 64, 10240, 24)}
+FAMILY = {**{name: (dims, False) for name, dims in T5_V1.items()},
+          **{f"{kind}-{size}": (dims, True) for kind in ("t5-v1_1", "flan-t5") for size, dims in T5_V1_1.items()}}
+"""Name -> (dimensions, whether gated and untied)."""
+
+
+@dataclass(frozen=True)
+class TensorShape:
+    """One unique tensor (tied storage once)."""
+
+    name: str
+    shape: tuple[int, ...]
+    embedding: bool
+    """Whether it is the table of an ``nn.Embedding``."""
+    linear: bool
+    """Whether it is the weight of an ``nn.Linear`` and of no embedding."""
+
+    @property
+    def numel(self) -> int:
+        """Elements, global."""
+        return int(torch.Size(self.shape).numel())
+
+    def piece(self, world: int) -> int:
+        """Elements of one rank's piece under ZeRO-3, padding included."""
+        return -(-self.numel // world)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelShape:
+    """A model on the meta device and its tensors in ``named_parameters()`` order."""
+
+    name: str
+    module: nn.Module
+    """On the meta device: no memory."""
+    tensors: tuple[TensorShape, ...]
+
+    @property
+    def numel(self) -> int:
+        """Weights."""
+        return sum(t.numel for t in self.tensors)
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> ModelShape:
+        """Of a module on the meta device (or on any other, unsharded)."""
+        tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+        linears = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)} - tables
+        return cls(name, module, tuple(TensorShape(n, tuple(p.shape), id(p) in tables, id(p) in linears)
+                                       for n, p in module.named_parameters()))
+
+
+def find(model: str) -> ModelShape:
+    """The shape of a built-in T5, of a transformers folder, or of a hub name (its configuration only).
+
+    Raises:
+        ConfigError: if nothing of that name can be read.
+    """
+    short = model.removeprefix("google/").removeprefix("google-t5/")
+    if short in FAMILY and not Path(model).exists():
+        return ModelShape.of(short, _t5(*FAMILY[short]))
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0]
+        raise ConfigError(f"cannot plan for {model}: {reason} Give the folder of a transformers model or one of "
+                          f"{', '.join(FAMILY)}.") from None
+    names = stored_names(Path(model))
+    own_head = "lm_head.weight" in names if names else not getattr(config, "scale_decoder_outputs", True)
+    return from_config(model, config, own_head=own_head)
+
+
+def from_config(name: str, config: PretrainedConfig, *, own_head: bool = False) -> ModelShape:
+    """The shape of a transformers configuration, built on the meta device.
+
+    Args:
+        own_head: whether the checkpoint holds an output head of its own, which a T5 configuration cannot say.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    factory = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        module = factory.from_config(copy.deepcopy(config))
+        if own_head:
+            _untie(module)
+    return ModelShape.of(name, module)
+
+
+def _t5(dims: tuple[int, int, int, int, int], gated: bool) -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    d_model, d_kv, heads, d_ff, layers = dims
+    config = T5Config(vocab_size=32128, d_model=d_model, d_kv=d_kv, num_heads=heads, d_ff=d_ff, num_layers=layers,
+                      num_decoder_layers=layers, decoder_start_token_id=0,
+                      feed_forward_proj="gated-gelu" if gated else "relu")
+    with torch.device("meta"):
+        module = T5ForConditionalGeneration(config)
+        if gated:
+            _untie(module)
+    return module
+
+
+def _untie(module: nn.Module) -> None:
+    """Give the output head a weight of its own, on the current default device."""
+    head = module.get_output_embeddings()
+    head.weight = nn.Parameter(torch.empty_like(head.weight))
+
+
+def stored_names(folder: Path) -> set[str]:
+    """Names of the tensors in a folder's safetensors files; empty if there are none."""
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        with safe_open(file, framework="pt") as opened:
+            names |= set(opened.keys())
+    return names

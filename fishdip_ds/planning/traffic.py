@@ -1,0 +1,78 @@
+"""Bytes that one rank sends, by collective: rings and pairwise exchanges, as ``fishdip_ds.distributed.Comm`` counts."""
+
+from __future__ import annotations
+
+from fishdip_ds.planning.memory import FP32, INDEX, TOTALS, eligible, kept_gathered, lora_numel, mask_count
+from fishdip_ds.planning.setting import Setting
+from fishdip_ds.planning.shapes import ModelShape
+from fishdip_ds.selection.topk import DIGITS
+
+COUNT = 8
+"""Bytes of a counter (int64)."""
+
+
+def ring(world: int, n_bytes: float) -> float:
+    """What one rank sends in an all-reduce of ``n_bytes``: twice what it sends in a reduce-scatter."""
+    return 2 * (world - 1) / world * n_bytes
+
+
+def one_gather(model: ModelShape, setting: Setting) -> float:
+    """Bytes sent to gather every tensor that is not kept gathered, once."""
+    kept = {t.name for t in kept_gathered(model, setting)}
+    return (setting.world - 1) * setting.itemsize * sum(t.piece(setting.world) for t in model.tensors if t.name not in kept)
+
+
+def stays_gathered(model: ModelShape, setting: Setting) -> bool:
+    """Whether the whole model stays gathered from forward to backward, so that backward gathers nothing again."""
+    return model.numel <= min(setting.max_live, setting.max_reuse)
+
+
+def step(model: ModelShape, setting: Setting) -> dict[str, float]:
+    """Bytes that one rank sends in one optimizer step."""
+    world, size = setting.world, setting.itemsize
+    gathers = setting.accumulation * (1 if stays_gathered(model, setting) else 2)
+    parts = {"gathers of weights (DeepSpeed)": gathers * one_gather(model, setting)}
+    if setting.strategy != "ours":
+        trained = model.numel if setting.strategy == "full" else lora_numel(model, setting.lora_r)
+        return {**parts, "gradients": setting.accumulation * ring(world, size * trained) / 2}
+    k = mask_count(model, setting)
+    ours = eligible(model, setting)
+    parts["gradients"] = ring(world, FP32 * (k + TOTALS + len(model.tensors)))
+    parts["weights"] = (world - 1) * size * sum(t.piece(world) for t in kept_gathered(model, setting) if t in ours)
+    if setting.optimizer == "Adafactor":
+        parts["rms"] = ring(world, FP32 * len(model.tensors))
+    return parts
+
+
+def passes(setting: Setting) -> int:
+    """Fisher passes of one refresh, for each group of scores: one worst sample on each rank."""
+    return -(-min(setting.worst_samples, setting.train_samples) // setting.world)
+
+
+def score_groups(model: ModelShape, setting: Setting) -> int:
+    """Groups into which the scores are cut so that they keep within ``score_memory_gib``, about."""
+    bound = setting.score_memory_gib * 2**30
+    k = mask_count(model, setting) / setting.world
+    owned = sum(t.piece(setting.world) for t in eligible(model, setting))
+    if not bound or FP32 * owned <= bound:
+        return 1
+    room = max(bound - 2 * (INDEX + FP32) * k, 1)
+    return int(-(-FP32 * owned // room))
+
+
+def refresh(model: ModelShape, setting: Setting) -> dict[str, float]:
+    """Bytes that one rank sends in one refresh (nothing for stock methods); ``mask`` is the mean over ranks."""
+    if setting.strategy != "ours":
+        return {}
+    world = setting.world
+    ours, n = eligible(model, setting), len(model.tensors)
+    scans = -(-setting.train_samples // (setting.scan_batch * world))
+    turns = passes(setting) * score_groups(model, setting)
+    gathers = scans + turns * (1 if stays_gathered(model, setting) else 2)
+    histograms = COUNT * (sum(1 << bits for _, bits in DIGITS) + len(ours))
+    return {
+        "gathers of weights (DeepSpeed)": gathers * one_gather(model, setting),
+        "losses": ring(world, FP32 * setting.train_samples),
+        "scores": passes(setting) * (world - 1) * FP32 * sum(t.piece(world) for t in ours),
+        "topk": ring(world, histograms) + (world - 1) * COUNT * (n + len(ours)),
+        "mask": INDEX * mask_count(model, setting) / world if world > 1 else 0}

@@ -1,0 +1,12 @@
+"""Bytes, traffic, FLOPs and fit of a run before it is started: ``python launch/plan.py --model flan-t5-xl --gpus_per_node 8``.
+
+No weights are read and nothing is allocated; ``--help`` explains every flag.
+"""
+
+import sys
+
+from fishdip_ds.planning.command import main as plan
+from fishdip_ds.training.main import main
+
+if __name__ == "__main__":
+    main(plan, sys.argv[1:])

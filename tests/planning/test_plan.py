@@ -1,0 +1,110 @@
+"""Plans of known models, and what is said when something does not fit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from models import tiny_t5
+from safetensors.torch import save_file
+
+from fishdip_ds.errors import ConfigError
+from fishdip_ds.planning.command import main
+from fishdip_ds.planning.plan import Planner, sentence
+from fishdip_ds.planning.setting import Setting
+from fishdip_ds.planning.shapes import ModelShape, find
+
+
+@pytest.mark.parametrize(("name", "weights"), [  # as published
+    ("t5-small", 60_506_624), ("google-t5/t5-base", 222_903_552), ("t5-large", 737_668_096), ("t5-3b", 2_851_598_336),
+    ("t5-11b", 11_307_321_344), ("google/flan-t5-small", 76_961_152), ("flan-t5-base", 247_577_856),
+    ("t5-v1_1-large", 783_150_080), ("google/flan-t5-xl", 2_849_757_184), ("flan-t5-xxl", 11_135_332_352)])
+def test_the_built_in_family_has_the_published_sizes(name, weights):
+    assert find(name).numel == weights
+
+
+def test_a_folder_is_planned_as_it_would_be_loaded(tmp_path):
+    for tied in (True, False):
+        model = tiny_t5(tied=tied)
+        folder = tmp_path / str(tied)
+        model.config.save_pretrained(folder)
+        save_file({n: p.detach().clone() for n, p in model.named_parameters()}, folder / "model.safetensors")
+        found = find(str(folder))
+        assert {t.name: t.shape for t in found.tensors} == {n: tuple(p.shape) for n, p in model.named_parameters()}
+    with pytest.raises(ConfigError, match="cannot plan for"):
+        find(str(tmp_path))
+
+
+def test_activations_are_those_that_autograd_keeps():
+    import torch
+
+    from fishdip_ds.planning.graph import GraphCounter
+
+    model, kept = tiny_t5(dropout=0.1).train(), {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.ones(3, 11, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.ones(3, 7, dtype=torch.long))
+    shape = ModelShape.of("tiny", tiny_t5(dropout=0.1).to("meta"))
+    work = GraphCounter(shape.module, 4).count(3, 11, 7)
+    assert work.activations == pytest.approx(sum(s.nbytes() for s in kept.values()), rel=0.05)
+    assert work.backward_flops == pytest.approx(2 * work.forward_flops, rel=0.1)
+
+
+def _small(**change) -> Setting:
+    return Setting(**{"source": 32, "target": 32, "persistence": 0, "reserve_gib": 0.0, **change})
+
+
+def test_what_does_not_fit_gets_a_sentence_that_fits():
+    planner = Planner(find("t5-small"))
+    roomy = planner.plan(_small(memory_gib=8.0))
+    assert roomy.fits and planner.advice(roomy) == [] and sentence(roomy, []).startswith("fits: ")
+    tight = planner.plan(_small(memory_gib=0.4))
+    words = sentence(tight, planner.advice(tight))
+    assert not tight.fits and words.startswith("does not fit: ") and "of 0.40 GiB per rank" in words
+    assert "micro batch" in words or "fishdip.score_memory_gib" in words
+    hopeless = planner.plan(_small(memory_gib=0.001))
+    assert "nothing that was tried" in planner.advice(hopeless)[0]
+
+
+def test_more_ranks_hold_less_and_a_mask_holds_less_than_stock():
+    planner = Planner(find("t5-small"))
+    persistent = {(s, n): sum(planner.plan(_small(strategy=s, nodes=n)).persistent.values())
+                  for s in ("ours", "full", "lora") for n in (1, 4)}
+    for strategy in ("ours", "full", "lora"):
+        assert persistent[strategy, 4] < 0.5 * persistent[strategy, 1]
+    assert persistent["full", 1] > 7 * 2 * 60_506_624  # DESIGN's table: 16 to 18 bytes for each weight
+    assert persistent["ours", 1] < 0.2 * persistent["full", 1]
+
+
+def test_command_prints_json_and_tables(capsys):
+    flags = ["--model", "t5-small", "--source", "16", "--target", "16", "--gpus_per_node", "2"]
+    main([*flags, "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["weights"] == 60_506_624 and plan["fits"] and plan["setting"]["gpus_per_node"] == 2
+    main([*flags, "--over_nodes", "1", "4"])
+    assert [row.split("|")[1].strip() for row in capsys.readouterr().out.splitlines()[2:]] == ["2", "8"]
+    main([*flags, "--ds_config", "ds_configs/z3_bf16.json", "--strategy", "full"])
+    assert "fp32 master" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"--density is 2\.0"):
+        main([*flags, "--density", "2"])
+
+
+def test_training_warns_before_memory_is_gone():
+    from models import ds_config
+
+    from fishdip_ds.ds_config import resolve
+    from fishdip_ds.planning.guard import memory_of_rank, warning
+
+    run, lengths = resolve(ds_config(micro=64), 2), {"samples": 100, "source": 64, "target": 64}
+    assert warning(tiny_t5(tied=False), run, **lengths, memory_gib=4.0) is None
+    words = warning(tiny_t5(tied=False), run, **lengths, memory_gib=0.33)
+    assert words.startswith("warning: the run does not fit: ") and "micro batch 32 with 2 accumulation steps" in words
+    assert 0.1 < memory_of_rank() < 10_000
