@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -331,6 +332,7 @@ def tables(cells: Sequence[dict], against: str, folder: Path) -> str:
 def main(argv: Sequence[str], script: Path) -> None:
     """Run what is missing, print the table. Cells that failed end it with an error, when all have run."""
     grid = parse(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped comparison stops its cells
     folder = grid.args.output_dir
     if grid.args.table_only:
         path = folder / "compare.json"
