@@ -64,5 +64,9 @@ def test_an_encoder_for_pairs_and_numbers(tmp_path):
                      "--strategy", "lora", "--max_input_length", "16", "--export", ranks=2)
     assert results["headline"]["test"] == "pearson" and {"pearson", "spearman"} <= results["after"]["test"].keys()
     assert (tmp_path / "run/model/adapter_model.safetensors").is_file()
+    done = _start("evaluate.py", "--model", str(tmp_path / "run/model"), "--data", str(tmp_path), "--max_input_length", "16",
+                  "--json", str(tmp_path / "scores.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "scores.json").read_text())["metrics"] == pytest.approx(results["after"]["test"], abs=1e-4)
     done = _start("train.py", "--ds_config", "ds_configs/z3.json", "--model", str(model))
     assert done.returncode == 1 and "is an encoder, which writes no text" in done.stderr
