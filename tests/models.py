@@ -30,6 +30,21 @@ def untie(model) -> None:
     model.config.tie_word_embeddings = False
 
 
+WORDS = ("red", "green", "blue", "round", "square", "small", "large", "old", "new", "warm", "cold", "dull")
+
+
+def encoder_folder(path) -> str:
+    """A small BERT without a head, with odd sizes and a tokenizer of ``WORDS``, as a transformers folder."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    (path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
+    BertTokenizerFast(str(path / "vocab.txt")).save_pretrained(path)
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=17, hidden_size=18, num_hidden_layers=2, num_attention_heads=3, intermediate_size=31,
+                         max_position_embeddings=40, hidden_dropout_prob=0.1)).save_pretrained(path)
+    return str(path)
+
+
 class TextPairs(torch.utils.data.Dataset):
     """Synthetic samples of different lengths: ``input_ids`` and ``labels``."""
 

@@ -32,7 +32,7 @@ def _labelled(items: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def _parts(encoder: bool):
-    data = (_Labelled if encoder else TextPairs)(16)
+    data = (_Labelled if encoder else TextPairs)(12)
     return (_bert() if encoder else tiny_t5()), data, (_labelled if encoder else collate)
 
 
@@ -60,9 +60,8 @@ def _round_trip(strategy: str, encoder: bool, threshold: int, folder: str) -> in
     engine = _engine(strategy, encoder, threshold)
     before = _logits(engine.module, encoder)
     engine.train()
-    while engine.global_steps < 4:
-        for batch in engine.loader:
-            engine.train_step([batch])
+    for batch in engine.loader:
+        engine.train_step([batch])
     trained = _logits(engine.module, encoder)
     assert (trained - before).abs().max() > 1e-3
     engine.save_checkpoint(f"{folder}/checkpoints")
@@ -77,23 +76,20 @@ def _round_trip(strategy: str, encoder: bool, threshold: int, folder: str) -> in
     return engine.trained_weights
 
 
-def _all_round_trips(folder: str) -> dict:
-    return {(strategy, encoder, threshold): _round_trip(strategy, encoder, threshold,
-                                                        f"{folder}/{strategy}-{encoder}-{threshold}")
-            for strategy in ADAPTERS for encoder in (False, True) for threshold in ((0, 100_000) if not encoder else (0,))}
+HEAD = 18 * 3 + 3
+SIZES = {  # (T5, BERT); IA3: keys and values (15 wide) of six attentions, inputs (31) of four feed-forward blocks
+    "ia3": (6 * 2 * 15 + 4 * 31, 2 * (2 * 18 + 18 + 31) + HEAD),
+    "prefix": (20 * 2 * 2 * 15, 20 * 2 * 2 * 18 + HEAD)}
 
 
+@pytest.mark.parametrize("strategy", ADAPTERS)
 @pytest.mark.parametrize("world", [1, 2])
-def test_what_is_saved_loads_again(tmp_path, world):
-    found = run(world, _all_round_trips, str(tmp_path))[0]
-    # IA3: keys and values (15 wide) of six attentions, inputs (31) of four feed-forward blocks.
-    assert found["ia3", False, 0] == 6 * 2 * 15 + 4 * 31
-    assert found["prefix", False, 0] == 20 * 2 * 2 * 15 and found["lora", False, 0] == found["shira", False, 0]
-    head = 18 * 3 + 3
-    assert found["prefix", True, 0] == 20 * 2 * 2 * 18 + head
-    assert found["ia3", True, 0] == 2 * (2 * 18 + 18 + 31) + head
-    for world_files in tmp_path.rglob("adapter_model.safetensors"):
-        assert world_files.stat().st_size > 1000
+def test_what_is_saved_loads_again(tmp_path, world, strategy):
+    for encoder, threshold in ((False, 0), (True, 100_000)):
+        folder = tmp_path / str(encoder)
+        trained = run(world, _round_trip, strategy, encoder, threshold, str(folder))[0]
+        assert (folder / "adapter/adapter_model.safetensors").stat().st_size > 1000
+        assert trained == SIZES.get(strategy, (trained, trained))[encoder]
 
 
 def _matched(strategy: str, encoder: bool) -> tuple[int, int]:

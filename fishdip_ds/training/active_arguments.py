@@ -7,8 +7,8 @@ import argparse
 from fishdip_ds.active_learning.queries import QUERIES, get_query
 from fishdip_ds.active_learning.rounds import Protocol
 from fishdip_ds.active_learning.uncertainty import SEQ_UNCERTAINTIES
-from fishdip_ds.config import STRATEGIES
 from fishdip_ds.errors import ConfigError
+from fishdip_ds.strategies import registry
 from fishdip_ds.training.arguments import Job, build_parser, parse
 
 EPILOG = """examples:
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     tapt.add_argument("--tapt_lr", type=float, default=2e-5, help="learning rate (default 2e-5, as published)")
     tapt.add_argument("--tapt_share", type=float, default=0.15, help="share of tokens that are masked or corrupted (default "
                       "0.15, as published)")
-    tapt.add_argument("--tapt_strategy", choices=STRATEGIES, default="full", help="what is trained (default full)")
+    tapt.add_argument("--tapt_strategy", choices=registry.known(), default="full", help="what is trained (default full)")
     return parser
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fishdip_ds.config import SPECIFIC, STRATEGIES, FishdipConfig, nearest
+from fishdip_ds.config import SPECIFIC, FishdipConfig, nearest
 from fishdip_ds.ds_config import read_json
 from fishdip_ds.errors import ConfigError, DataError, FishdipError
 from fishdip_ds.strategies import registry
@@ -115,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
                                      description="Compare methods.", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the cells, the table and the plots")
     parser.add_argument("--ds_config", type=Path, help="DeepSpeed JSON, as for training")
-    parser.add_argument("--methods", type=_list, default=[], help=f"of {', '.join(STRATEGIES)}")
+    parser.add_argument("--methods", type=_list, default=[], help=f"of {', '.join(registry.known())}")
     parser.add_argument("--seeds", type=_list, default=["1", "2", "3"], help="each chooses samples, their order and what a "
                         "method draws (default 1,2,3)")
     parser.add_argument("--sizes", type=_list, default=["1.0"], help="shares of the training set (with a point) or counts of "
@@ -178,8 +179,8 @@ def parse(argv: Sequence[str]) -> Grid:
 
 def _check(args: argparse.Namespace) -> None:
     for method in [*args.methods, *args.match_trained, *([args.against] if args.against else [])]:
-        if method not in STRATEGIES:
-            raise ConfigError(f"unknown method {method!r}{nearest(method, STRATEGIES)}")
+        if method not in registry.known():
+            raise ConfigError(f"unknown method {method!r}{nearest(method, registry.known())}")
     args.against = args.against or ("fish_dip" if "fish_dip" in args.methods else args.methods[0])
     for method in args.match_trained:
         if "match_density" not in registry.settings_of(method):
@@ -331,6 +332,7 @@ def tables(cells: Sequence[dict], against: str, folder: Path) -> str:
 def main(argv: Sequence[str], script: Path) -> None:
     """Run what is missing, print the table. Cells that failed end it with an error, when all have run."""
     grid = parse(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped comparison stops its cells
     folder = grid.args.output_dir
     if grid.args.table_only:
         path = folder / "compare.json"

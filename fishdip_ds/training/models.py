@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def load_config(name: str | None) -> PretrainedConfig:
     """The transformers configuration of a model."""
     from transformers import AutoConfig
 
-    return _from_hub(AutoConfig.from_pretrained, name or embedded_model())
+    source = name or embedded_model()
+    return _from_hub(AutoConfig.from_pretrained, _base_of(source) or source)
 
 
 def load_model(name: str | None, run: RunConfig, *, gradient_checkpointing: bool = False,
@@ -71,12 +73,19 @@ def load_model(name: str | None, run: RunConfig, *, gradient_checkpointing: bool
 def load_plain_model(name: str | None, dtype: torch.dtype, head: Head | None = None) -> nn.Module:
     """A seq2seq or decoder-only model, or an encoder with a ``head``, on the cpu, unsharded, in ``dtype``. Local.
 
+    A folder that holds an adapter of PEFT gives its base model with the adapter on it.
+
     Raises:
         ConfigError: naming the model that cannot be loaded, and why.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
     source = name or embedded_model()
+    base = _base_of(source)
+    if base is not None:
+        import peft
+
+        return _from_hub(partial(peft.PeftModel.from_pretrained, load_plain_model(base, dtype, head)), source)
     if head is not None:
         logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)  # it reports the missing head at length
         model, info = _from_hub(AutoModelForSequenceClassification.from_pretrained, source, dtype=dtype,
@@ -96,6 +105,12 @@ def load_masked_model(name: str | None, dtype: torch.dtype, seed: int) -> nn.Mod
                             output_loading_info=True)
     start_head(model, info["missing_keys"], seed)
     return model
+
+
+def _base_of(source: str | Path) -> str | None:
+    """What the adapter in a folder was trained on; None if the folder holds no adapter."""
+    path = Path(source) / "adapter_config.json"
+    return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"] if path.is_file() else None
 
 
 def _from_hub(load, source: str | Path, **options: object):

@@ -8,22 +8,8 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
-from models import ds_config
+from models import WORDS, ds_config, encoder_folder
 from ranks import run
-
-WORDS = ["red", "green", "blue", "round", "square", "small", "large", "old", "new", "warm", "cold", "dull"]
-
-
-def _folder(path) -> str:
-    """A small BERT without a head, with odd sizes and a tokenizer of a few words."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    (path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]) + "\n")
-    BertTokenizerFast(str(path / "vocab.txt")).save_pretrained(path)
-    torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=17, hidden_size=18, num_hidden_layers=2, num_attention_heads=3, intermediate_size=31,
-                         max_position_embeddings=40, hidden_dropout_prob=0.1)).save_pretrained(path)
-    return str(path)
 
 
 def _examples(n: int, *, numbers: bool = False, lengths: tuple[int, int] = (1, 12)):
@@ -161,7 +147,7 @@ _FOUND: dict[int, list[dict]] = {}
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> str:
-    return _folder(tmp_path_factory.mktemp("encoder"))
+    return encoder_folder(tmp_path_factory.mktemp("encoder"))
 
 
 def _of(world: int, folder: str) -> list[dict]:
