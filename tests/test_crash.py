@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,10 +22,10 @@ KILLS = int(os.environ.get("FISHDIP_KILLS", "5"))
 """Each costs a start of two ranks; ``FISHDIP_KILLS=20 pytest tests/test_crash.py -k kills`` takes its time."""
 
 
-def _command(output: Path, *flags: str, ranks: int) -> list[str]:
+def _command(output: Path, *flags: str, ranks: int, restarts: int = 0, script: Path = ROOT / "launch/train.py") -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d", "--rdzv-endpoint",
-                "127.0.0.1:0"] if ranks else []
-    return [sys.executable, *launcher, str(ROOT / "launch/train.py"), "--ds_config", str(ROOT / "ds_configs/z3.json"),
+                "127.0.0.1:0", "--max-restarts", str(restarts)] if ranks else []
+    return [sys.executable, *launcher, str(script), "--ds_config", str(ROOT / "ds_configs/z3.json"),
             "--output", str(output), "--count", "24", "--batch_size", "4", "--worst_samples", "4", "--refresh_interval", "10",
             "--eval_limit", "1", "--max_target_length", "48", "--no_eval_before", "--no_tensorboard", "--resume", "auto",
             *flags]
@@ -77,6 +78,34 @@ def test_kills_change_nothing(tmp_path):
     _finish(_start(_command(output, *flags, ranks=2)))
     print(f"killed {KILLS} times, last complete checkpoints at steps {steps}")
     exported = [folder / "model/model.safetensors" for folder in (output, tmp_path / "whole")]
+    assert exported[0].read_bytes() == exported[1].read_bytes()
+
+
+_DIES_ONCE = """
+import os, signal
+from fishdip_ds.engine import Engine
+from fishdip_ds.training.main import main
+
+step = Engine.step
+
+def dying(self):
+    step(self)
+    if self.global_steps == 7 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Engine.step = dying
+main()
+"""
+
+
+def test_a_rank_that_dies_is_restarted_by_torchrun(tmp_path):
+    flags = ("--max_steps", "12", "--save_interval", "3", "--export")
+    _finish(_start(_command(tmp_path / "whole", *flags, ranks=2)))
+    (tmp_path / "dies_once.py").write_text(_DIES_ONCE)
+    out = _finish(_start(_command(tmp_path / "died", *flags, ranks=2, restarts=1, script=tmp_path / "dies_once.py")))
+    resumed = re.search(r"resumed .* at step (\d+)", out)  # step 6, or 3 if the save of 6 was still in flight
+    assert resumed is not None and int(resumed[1]) in (3, 6), out[-3000:]
+    exported = [tmp_path / run / "model/model.safetensors" for run in ("died", "whole")]
     assert exported[0].read_bytes() == exported[1].read_bytes()
 
 
