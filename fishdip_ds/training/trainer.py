@@ -238,7 +238,7 @@ class Trainer:
         engine.monitor.text("Train/worst_samples", "| sample | loss | target |\n|---|---|---|\n" + "\n".join(rows),
                             engine.global_samples)
         self.say(f"step {report.step}: mask of {engine.mask.count:,} weights ({100 * engine.mask.density:.2f} %) chosen "
-                 f"in {sum(report.seconds.values()):.1f} s (masked gradients planned in {1000 * report.seconds['plans']:.0f} ms), "
+                 f"in {sum(report.seconds.values()):.1f} s (plans {1000 * report.seconds['plans']:.0f} ms), "
                  f"{engine.mask.hash()[:12]}")
 
     def _target(self, sample_id: int) -> str:
