@@ -9,7 +9,7 @@ machine does falls on all alike. Prints one JSON object as its last line: ratios
 over turns of the ratio inside a turn, by the wall clock and (``cpu_ratio_*``) by seconds of processor time. Memory is the
 peak resident set above that of the process with the weights loaded, in GiB; selection is measured apart
 (``*_with_refresh`` includes it). ``gradient_bytes_ratio`` is what one rank of two sends per step for gradients, divided by
-4 bytes x k.
+4 bytes x k (a tiny model tells).
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def bytes_of_two(args: argparse.Namespace) -> float:
     """Gradient bytes that one of two ranks sends per step, over 4 bytes x k."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "facts.json"
-        one = argparse.Namespace(**{**vars(args), "threads": 1, "density": args.density[:1]})
+        one = argparse.Namespace(**{**vars(args), "size": "tiny", "layers": 0, "threads": 1, "density": args.density[:1]})
         done = subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
              "--rdzv-endpoint", "127.0.0.1:0", __file__, *flags(one, worker="fish_dip", worker_out=out)],
@@ -254,7 +254,7 @@ def main() -> None:
 
     result = {
         "by_density": {str(d): summary(turns, facts, d, args.peers) for d in args.density},
-        "gradient_bytes_ratio": round(bytes_of_two(args), 4) if args.size != SMOLLM2 else None,
+        "gradient_bytes_ratio": round(bytes_of_two(args), 4),
         "methods": middle, "facts": facts,
         "settings": {k: v for k, v in vars(args).items() if not k.startswith("worker")},
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),

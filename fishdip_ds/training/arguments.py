@@ -44,8 +44,8 @@ def parse(argv: list[str] | None = None, parser: argparse.ArgumentParser | None 
     if len(given) > 1:
         raise ConfigError(f"--{given[0]} and --{given[1]} both choose training examples; give one of them.")
     for name in ("epochs", "max_steps", "max_input_length", "max_target_length", "eval_batch_size", "num_beams",
-                 "keep_last"):
-        if getattr(args, name) < (0 if name in ("epochs", "max_steps") else 1):
+                 "keep_last", "profile"):
+        if getattr(args, name) < (0 if name in ("epochs", "max_steps", "profile") else 1):
             raise ConfigError(f"--{name} is {getattr(args, name)}; give at least 1.")
     if args.keep_best and not args.eval_interval:
         raise ConfigError("--keep_best needs dev scores during training; give --eval_interval.")
@@ -160,6 +160,8 @@ def build_parser() -> argparse.ArgumentParser:
     look = parser.add_argument_group("evaluation and logs")
     look.add_argument("--eval_interval", type=int, default=0, help="steps between dev scores (default: only at the end)")
     add_decoding_flags(look)
+    look.add_argument("--profile", type=int, default=0, metavar="STEPS",
+                      help="write a torch.profiler trace of so many steps of rank 0, after 4 others, to OUTPUT/trace.json")
     look.add_argument("--no_eval_before", action="store_true", help="skip the scores before training")
     look.add_argument("--no_tensorboard", action="store_true", help="write no TensorBoard files")
     look.add_argument("--export", action="store_true", help="also write the trained model as a transformers folder")

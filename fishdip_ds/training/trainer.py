@@ -25,6 +25,7 @@ from fishdip_ds.training.corpus import SPLITS, Corpus, Mixture, load_corpora, wr
 from fishdip_ds.training.evaluation import evaluate
 from fishdip_ds.training.heads import collator_for, head_for
 from fishdip_ds.training.models import load_config, load_model, load_tokenizer, tokenizer_fingerprint
+from fishdip_ds.training.profiling import StepTrace
 from fishdip_ds.training.report import next_steps, score_table
 from fishdip_ds.training.taskfile import write_tasks
 
@@ -129,6 +130,7 @@ class Trainer:
 
     def _loop(self) -> None:
         engine = self.engine.train()
+        trace = StepTrace(self.args.profile if self.comm.rank == 0 else 0, self.output)
         self.bar = tqdm(total=self.max_steps, initial=engine.global_steps, disable=self.comm.rank != 0, unit="step",
                         dynamic_ncols=True)
         while engine.global_steps < self.max_steps:
@@ -137,15 +139,19 @@ class Trainer:
                 batches.append(batch)
                 if len(batches) < self.run.accumulation:
                     continue
-                engine.train_step(batches)
+                with trace.step():
+                    engine.train_step(batches)
                 batches = []
                 self._after_step()
                 if engine.stopping:
                     self._leave()
                 if engine.global_steps >= self.max_steps:
                     break
+        trace.close()
         self.bar.close()
         self.bar = None
+        if trace.written:
+            self.say(f"trace       {trace.path}")
 
     def _after_step(self) -> None:
         step, last = self.engine.global_steps, self.engine.last
@@ -288,7 +294,8 @@ class Trainer:
         engine.monitor.text("Train/worst_samples", "| sample | loss | target |\n|---|---|---|\n" + "\n".join(rows),
                             engine.global_samples)
         self.say(f"step {report.step}: mask of {engine.mask.count:,} weights ({100 * engine.mask.density:.2f} %) chosen "
-                 f"in {sum(report.seconds.values()):.1f} s, {engine.mask.hash()[:12]}")
+                 f"in {sum(report.seconds.values()):.1f} s (plans {1000 * report.seconds['plans']:.0f} ms), "
+                 f"{engine.mask.hash()[:12]}")
 
     def _target(self, sample_id: int) -> str:
         part, at = self.train_data.locate(sample_id)
