@@ -12,7 +12,8 @@ import numpy
 import pytest
 
 from fishdip_ds.errors import ConfigError, FishdipError
-from fishdip_ds.training.compare import check_samples, parse
+from fishdip_ds.training.compare import check_samples
+from fishdip_ds.training.compare_grid import parse
 from fishdip_ds.training.compare_table import markdown, paired, rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
