@@ -77,8 +77,8 @@ class FishdipConfig:
     """Weight mixup: share of the run that finetunes the mean of the folds on all samples."""
     mixup_lr: float = 2e-3
     """Weight mixup: learning rate of the attention alpha (cosine, a tenth warm-up)."""
-    mixup_radius: float = 0.01
-    """Weight mixup: radius of the finite difference, as a share of the norm of the weights."""
+    mixup_radius: float = 0.02
+    """Weight mixup: radius of the finite difference, as a share of the norm of the weights; less drowns in bf16's rounding."""
     mixup_form: str = "rank1"
     """Strategy ``weight_mixup``: rank1 (published: ab W + (1-a)(1-b) W0) or convex (ab W + (1 - ab) W0)."""
     mixup_legacy: bool = False

@@ -118,8 +118,8 @@ def _tensors(value: object, seen: set[int]) -> int:
     return _tensors(vars(value), seen) if type(value).__module__.startswith("fishdip_ds.s") else 0
 
 
-def _bytes(strategy: str, settings: dict, steps: int) -> tuple[float, float]:
-    """(bytes beside the weight shard, per owned eligible weight; the mask's share of all weights) on this rank."""
+def _bytes(strategy: str, settings: dict, steps: int) -> tuple[int, int, int, int]:
+    """(bytes beside the weight shard, those of replicated attention, owned weights, mask entries) of this rank."""
     import fishdip_ds
 
     world = torch.distributed.get_world_size()
@@ -128,12 +128,14 @@ def _bytes(strategy: str, settings: dict, steps: int) -> tuple[float, float]:
         micro=12 // world, strategy=strategy, bf16=True, **settings), TextPairs(31), collate, total_steps=12)[0]
     go(engine, steps)
     seen: set[int] = {t.param.ds_tensor.data.untyped_storage().data_ptr() for t in engine.layout.tensors}
-    if engine.strategy.dense:
-        held = [engine.optimizer.vectors(), engine._accumulator.sums, engine._base, vars(engine.strategy)]
-    else:
+    owned, attention = sum(t.stop - t.start for t in engine.layout.eligible), 0
+    if not engine.strategy.dense:
         held = [engine.optimizer.vectors(), engine._accumulator.buffer, engine.mask.by_tensor, engine.entries.local]
-    owned = sum(t.stop - t.start for t in engine.layout.eligible)
-    return sum(_tensors(h, seen) for h in held) / owned, engine.mask.density if not engine.strategy.dense else 1.0
+        return sum(_tensors(h, seen) for h in held), 0, owned, engine.mask.count
+    held = [engine.optimizer.vectors(), engine._accumulator.sums, engine._base, vars(engine.strategy)]
+    if strategy == "weight_mixup":
+        attention = 12 * engine.strategy.alpha.values.numel()  # values and two moments: rows + columns of each matrix
+    return sum(_tensors(h, seen) for h in held), attention, owned, 0
 
 
 @pytest.mark.parametrize("strategy", [*DENSE_BYTES, *SPARSE])
@@ -143,10 +145,11 @@ def test_inventory_of_bytes(world, strategy):
                 "weight_mixup": FOLDS}.get(strategy, {})
     for steps in (2, 5) if strategy.startswith("dps") else (2,):
         results = run(world, _bytes, strategy, settings, steps)
-        found, share = 2 + max(r[0] for r in results), results[0][1]
-        allowed = DENSE_BYTES.get(strategy) or 2 + share * (8 * world + 24)
-        print(f"\n{strategy}, world {world}, step {steps}: {found:.2f} bytes per owned weight, {allowed:.2f} by its page")
-        assert found <= allowed * 1.05 + 0.05  # shards of a tiny model are uneven
+        weights, entries = sum(r[2] for r in results), results[0][3]
+        found = 2 + sum(r[0] - r[1] for r in results) / weights
+        allowed = DENSE_BYTES.get(strategy) or 2 + entries / weights * (8 * world + 24)
+        print(f"\n{strategy}, world {world}, step {steps}: {found:.2f} bytes per weight of all ranks, {allowed:.2f} by its page")
+        assert found <= allowed * 1.05
 
 
 # ---- the rest ----------------------------------------------------------------------------------------------
