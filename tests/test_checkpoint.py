@@ -162,7 +162,7 @@ def test_a_save_that_fails_harms_nothing(world, tmp_path):
 def _export(folder: str, tied: bool) -> dict[str, torch.Tensor]:
     engine = _engine(tied=tied)
     _steps(engine, 3)
-    engine.save_pretrained(folder)
+    engine.save_pretrained(folder, max_shard_size="9KB")
     batch = collate([TextPairs(31)[i] for i in range(4)])
     with torch.no_grad():
         return engine.eval()(**batch).logits
@@ -174,9 +174,11 @@ def test_exported_model_loads_in_plain_transformers(world, tied, tmp_path):
     from safetensors.torch import load_file
     from transformers import T5ForConditionalGeneration
 
-    expected = run(world, _export, str(tmp_path), tied)[0]
-    assert all(value.numel() for value in load_file(tmp_path / "model.safetensors").values())
-    model = T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    expected = run(world, _export, str(tmp_path / "model"), tied)[0]
+    shards = [load_file(path) for path in (tmp_path / "model").glob("model-*.safetensors")]
+    assert len(shards) > 3 and all(value.numel() for shard in shards for value in shard.values())
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]  # what the tensors went through is gone
+    model = T5ForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
         logits = model(**collate([TextPairs(31)[i] for i in range(4)])).logits
     assert torch.allclose(logits, expected, atol=1e-5)

@@ -203,18 +203,18 @@ def test_merging_holds_one_shard_in_memory(tmp_path):
     from fishdip_ds.checkpoint.files import write_folder
     from fishdip_ds.fingerprint import fingerprint
 
-    tensors = {f"layer.{i}.weight": torch.full((5_000_000,), float(i)) for i in range(10)}  # 20 MB each
+    tensors = {f"layer.{i}.weight": torch.full((2_000_000,), float(i)) for i in range(10)}  # 8 MB each
     (tmp_path / "base").mkdir()
     save_file(tensors, tmp_path / "base/model.safetensors")
-    at = torch.arange(0, 5_000_000, 100, dtype=torch.int32)
-    state = {f"{kind}/{n}": v for n in tensors for kind, v in (("ever", at.clone()), ("value", torch.full((50_000,), -1.0)))}
+    at = torch.arange(0, 2_000_000, 100, dtype=torch.int32)
+    state = {f"{kind}/{n}": v for n in tensors for kind, v in (("ever", at.clone()), ("value", torch.full((20_000,), -1.0)))}
     write_folder(tmp_path / "run/a", state, {"format": 1, "global_steps": 1, "strategy": "fish", "tensors": {
-        n: {"shape": [5_000_000], "dtype": "float32", "base": fingerprint(t)} for n, t in tensors.items()}})
+        n: {"shape": [2_000_000], "dtype": "float32", "base": fingerprint(t)} for n, t in tensors.items()}})
     export_delta(tmp_path / "run", tmp_path / "delta")
     folders = [str(tmp_path / name) for name in ("base", "delta", "out")]
-    sharded, whole = (float(_call("-c", _MERGE, *folders, size)) for size in ("50MB", "5GB"))
-    print(f"own memory while merging 200 MB: {sharded:.0f} MB in shards of 50 MB, {whole:.0f} MB in one file")
-    assert sharded < 80 < 180 < whole
+    sharded, whole = (float(_call("-c", _MERGE, *folders, size)) for size in ("20MB", "5GB"))
+    print(f"own memory while merging 80 MB: {sharded:.0f} MB in shards of 20 MB, {whole:.0f} MB in one file")
+    assert sharded < 35 < 70 < whole
     assert len(list((tmp_path / "out").glob("model-*-of-00005.safetensors"))) == 5
 
 
@@ -242,7 +242,7 @@ def test_what_does_not_fit_is_refused(deltas, tmp_path):
 
 
 def _call(*command: str) -> str:
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=900, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
