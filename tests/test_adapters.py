@@ -42,7 +42,7 @@ def _engine(strategy: str, encoder: bool, threshold: int, **options: object):
     model, data, join = _parts(encoder)
     config = {**ds_config(micro=4, threshold=threshold, strategy=strategy), "optimizer": {
         "type": "AdamW", "params": {"lr": 0.05}}}
-    config["fishdip"] = {"strategy": strategy, **options}
+    config["fishdip"] = {"strategy": strategy, **({"shira_r": 2} if strategy == "shira" else {}), **options}
     return fishdip_ds.initialize(model, config, data, join)[0]
 
 
