@@ -151,4 +151,6 @@ def _optimizer(params: list[nn.Parameter], section: dict) -> torch.optim.Optimiz
     if section["type"] == "Adafactor":
         raise ConfigError('strategies "full" and "lora" shard the optimizer state elementwise, which Adafactor\'s row and '
                           'column means do not survive; set "optimizer.type" to AdamW.')
+    if section["type"] == "AdamW8bit":
+        raise ConfigError('strategies "full" and "lora" have no state in 8 bits; set "optimizer.type" to AdamW.')
     return torch.optim.AdamW(params, **options)

@@ -19,7 +19,7 @@ from fishdip_ds.model_verbs import ModelVerbs
 from fishdip_ds.monitoring import Monitor, peak_memory_gib, refresh_events
 from fishdip_ds.optim.adafactor import Adafactor
 from fishdip_ds.optim.compact import CompactOptimizer, OwnedEntries
-from fishdip_ds.selection.losses import shifts_labels, target_count
+from fishdip_ds.selection.losses import row_losses, shifts_labels, target_count
 from fishdip_ds.selection.mask import Mask, union_sorted
 from fishdip_ds.selection.rng import random_state, set_random_state
 from fishdip_ds.selector import LossFn, SelectionReport
@@ -121,6 +121,8 @@ class Engine(ModelVerbs):
         if training:
             filler = ids is not None and bool((ids == FILLER).all())
             self._weight = 0.0 if filler else weight
+            if self.strategy.wants_losses and ids is not None:
+                self.strategy.saw(ids, row_losses(out, batch, self.run.fishdip.sample_loss, self._shift))
         return out
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -292,6 +294,7 @@ class Engine(ModelVerbs):
     def use_data(self, dataset: Sequence) -> None:
         """Train and select on ``dataset`` from now on (any size, the same on every rank); its order starts anew. Local."""
         self.selector.use_data(dataset)
+        self.strategy.forget_samples()
         if self.loader is not None:
             self.loader.use_data(dataset)
 

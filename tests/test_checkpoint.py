@@ -61,15 +61,22 @@ def test_resume_is_bitwise_the_same(world, at, optimizer, tmp_path):
     run(world, _same_world, str(tmp_path), at, optimizer, 2 if at == 4 else 1)
 
 
-def _save_at(folder: str) -> list[float]:
-    engine = _engine(dropout=0.0)
+def test_resume_of_moments_in_8_bits(tmp_path):
+    run(2, _same_world, str(tmp_path), 4, "AdamW8bit", 1)
+    *expected, _ = run(2, _save_at, str(tmp_path / "other"), "AdamW8bit")[0]
+    *losses, _ = run(1, _load_and_go, str(tmp_path / "other"), "AdamW8bit")[0]
+    assert losses == pytest.approx(expected, rel=1e-2)  # other shards have other blocks
+
+
+def _save_at(folder: str, optimizer: str = "AdamW") -> list[float]:
+    engine = _engine(dropout=0.0, optimizer=optimizer)
     _steps(engine, 4)
     engine.save_checkpoint(folder)
     return [*_steps(engine, 9), engine.mask.hash()]
 
 
-def _load_and_go(folder: str) -> list[float]:
-    engine = _engine(dropout=0.0)
+def _load_and_go(folder: str, optimizer: str = "AdamW") -> list[float]:
+    engine = _engine(dropout=0.0, optimizer=optimizer)
     engine.load_checkpoint(folder)
     return [*_steps(engine, 9), engine.mask.hash()]
 
