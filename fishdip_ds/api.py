@@ -14,6 +14,7 @@ from fishdip_ds.ds_config import RunConfig, resolve
 from fishdip_ds.errors import ConfigError
 from fishdip_ds.optim.adafactor import Adafactor
 from fishdip_ds.optim.adamw import AdamW
+from fishdip_ds.optim.adamw8bit import AdamW8bit
 from fishdip_ds.optim.compact import CompactOptimizer
 from fishdip_ds.optim.dense import DenseAdamW
 from fishdip_ds.optim.mixup import TrialAdamW, TrialDenseAdamW
@@ -80,6 +81,9 @@ def _engine_of(run: RunConfig) -> tuple[type, CompactOptimizer]:
     if elementwise and section["type"] == "Adafactor":
         raise ConfigError(f'strategy "{run.fishdip.strategy}" needs an elementwise optimizer, which Adafactor\'s row and '
                           'column means are not; set "optimizer.type" to AdamW.')
+    if elementwise and section["type"] == "AdamW8bit":
+        raise ConfigError(f'strategy "{run.fishdip.strategy}" keeps its own kind of AdamW state, which is not in 8 bits; '
+                          'set "optimizer.type" to AdamW.')
     options = _options(section)
     if strategy.bilevel:
         return (BilevelDenseEngine, TrialDenseAdamW(**options)) if strategy.dense else (BilevelEngine, TrialAdamW(**options))
@@ -88,7 +92,7 @@ def _engine_of(run: RunConfig) -> tuple[type, CompactOptimizer]:
 
 def build_optimizer(section: dict) -> CompactOptimizer:
     """The compact optimizer that a resolved ``"optimizer"`` section names."""
-    return (Adafactor if section["type"] == "Adafactor" else AdamW)(**_options(section))
+    return {"Adafactor": Adafactor, "AdamW8bit": AdamW8bit}.get(section["type"], AdamW)(**_options(section))
 
 
 def _options(section: dict) -> dict:

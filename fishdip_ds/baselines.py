@@ -184,4 +184,6 @@ def _optimizer(params: list[nn.Parameter], section: dict) -> torch.optim.Optimiz
     if section["type"] == "Adafactor":
         raise ConfigError("stock DeepSpeed, which runs this strategy, shards the optimizer state elementwise, which "
                           'Adafactor\'s row and column means do not survive; set "optimizer.type" to AdamW.')
+    if section["type"] == "AdamW8bit":
+        raise ConfigError('stock DeepSpeed, which runs this strategy, has no state in 8 bits; set "optimizer.type" to AdamW.')
     return torch.optim.AdamW(params, **options)

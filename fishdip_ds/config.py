@@ -13,7 +13,8 @@ SPECIFIC = frozenset({
     "density", "scope", "always_on", "refresh_interval", "worst_samples", "fisher_samples", "sample_loss",
     "select_mode_first", "select_mode_refresh", "worst_count_unit", "active_layers", "drop_rate", "layers", "fisher",
     "decay_frozen", "update_ratio", "masked_update", "search_share", "mixup_folds", "mixup_final_share", "mixup_lr",
-    "mixup_radius", "mixup_form", "mixup_legacy", "lora_r", "lora_alpha", "prefix_tokens", "shira_r", "match_density"})
+    "mixup_radius", "mixup_form", "mixup_legacy", "lora_r", "lora_alpha", "prefix_tokens", "shira_r", "match_density",
+    "score_memory_gib", "loss_scan"})
 """Settings that belong to some methods only; each method lists its own."""
 
 
@@ -52,6 +53,12 @@ class FishdipConfig:
     masked_gradients: str = "on"
     """on (what "auto" means): compute of a weight's gradient only what the mask keeps, the cheapest way per tensor; off: the
     whole of it."""
+    loss_scan: str = "scan"
+    """scan: a forward pass over the training set before each mask. running: losses seen in training, the newest of each
+    sample, after one scan before the first mask; no extra forward, but dropout is on and weights were older."""
+    score_memory_gib: float = 0.0
+    """Most GiB of Fisher scores on a rank at a time; what needs more is scored in groups of weights, by passes of their
+    own, and the mask is the same. 0: no bound."""
     pad_as_target: bool = False
     """Reference quirk: pad every target to the limit and count pads as labels (task data only)."""
     active_layers: int = 2
@@ -101,8 +108,9 @@ class FishdipConfig:
         _one_of("strategy", self.strategy, registry.known())
         _one_of("sample_loss", self.sample_loss, ("token_mean", "sum", "padded_mean"))
         for name, allowed in (("worst_count_unit", ("samples", "batches")), ("scope", ("model", "tensor")),
-                              ("masked_gradients", ("on", "off")), ("fisher", ("sample", "global")),
-                              ("masked_update", ("frozen", "momentum")), ("mixup_form", ("rank1", "convex"))):
+                              ("masked_gradients", ("on", "off")), ("loss_scan", ("scan", "running")),
+                              ("fisher", ("sample", "global")), ("masked_update", ("frozen", "momentum")),
+                              ("mixup_form", ("rank1", "convex"))):
             _one_of(name, getattr(self, name), allowed)
         for name in ("select_mode_first", "select_mode_refresh"):
             _one_of(name, getattr(self, name), ("eval", "train"))
@@ -112,6 +120,8 @@ class FishdipConfig:
         for name in ("drop_rate", "update_ratio", "search_share", "mixup_final_share"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f'"fishdip.{name}" is {getattr(self, name)}; give a share between 0 and 1.')
+        if self.score_memory_gib < 0:
+            raise ConfigError(f'"fishdip.score_memory_gib" is {self.score_memory_gib}; give GiB, or 0 for no bound.')
         for name in ("mixup_lr", "mixup_radius"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f'"fishdip.{name}" is {getattr(self, name)}; it must be above 0.')
@@ -127,8 +137,8 @@ class FishdipConfig:
 
     @classmethod
     def from_dict(cls, section: dict) -> FishdipConfig:
-        """Read a JSON section; ``"auto"`` takes the method's default. Unknown names, wrong types and settings of another
-        method are refused.
+        """Read a JSON section; ``"auto"`` and null take the method's default. Unknown names, wrong types and settings of
+        another method are refused.
         """
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for key in section:
@@ -139,7 +149,7 @@ class FishdipConfig:
         own = registry.settings_of(strategy)
         values = {} if strategy in registry.STOCK else dict(registry.strategy_class(strategy).defaults)
         for key, value in section.items():
-            if value == "auto":
+            if value == "auto" or value is None:
                 continue
             if key in SPECIFIC and key not in own:
                 known = f"; its settings are {', '.join(sorted(own))}" if own else ""

@@ -59,6 +59,7 @@ ZERO_REFUSED = {
 }
 OPTIMIZERS = {
     "AdamW": {"lr", "betas", "eps", "weight_decay"},
+    "AdamW8bit": {"lr", "betas", "eps", "weight_decay"},
     "Adam": {"lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam"},
     "Adafactor": {"lr", "eps", "clip_threshold", "decay_rate", "weight_decay", "scale_parameter", "relative_step",
                   "warmup_init", "beta1"},
@@ -205,7 +206,7 @@ def _check_optimizer(ds: dict) -> None:
     kind = section.get("type")
     known = {name.lower(): name for name in OPTIMIZERS}
     if str(kind).lower() not in known:
-        raise ConfigError(f'"optimizer.type" {kind!r} cannot be honoured; use AdamW or Adafactor.')
+        raise ConfigError(f'"optimizer.type" {kind!r} cannot be honoured; use AdamW, AdamW8bit or Adafactor.')
     name = section["type"] = known[str(kind).lower()]
     params = section.setdefault("params", {})
     for key in params:

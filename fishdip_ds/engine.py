@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from fishdip_ds.model_verbs import ModelVerbs
 from fishdip_ds.monitoring import Monitor, peak_memory_gib, refresh_events
 from fishdip_ds.optim.adafactor import Adafactor
 from fishdip_ds.optim.compact import CompactOptimizer, OwnedEntries
-from fishdip_ds.selection.losses import shifts_labels, target_count
+from fishdip_ds.selection.losses import row_losses, shifts_labels, target_count
 from fishdip_ds.selection.mask import Mask, union_sorted
 from fishdip_ds.selection.rng import random_state, set_random_state
 from fishdip_ds.selector import LossFn, SelectionReport
@@ -121,24 +121,21 @@ class Engine(ModelVerbs):
             self._prepare(self.global_steps + 1)
         ids = batch.pop("sample_ids", None)
         weight = self.batch_weight(batch)  # before the batch moves to the device, or counting would wait for it
-        labels = batch.get("labels")
+        labels = batch.get("labels") if training and not self.strategy.wants_losses else None  # None: logits of all positions
         batch = self.to_device(batch)
         if self._loss_fn is not None:
             with self._masked.training() if training else nullcontext():
                 losses = self._loss_fn(self.module, batch)
             out, weight = SimpleNamespace(loss=losses.mean(), losses=losses), float(losses.numel())
         else:
-            with self._training_pass(labels, set(batch)) if training else nullcontext():
+            with self._masked.training() if training else nullcontext(), self._targets.only(labels, set(batch)):
                 out = self.module(**batch)
         if training:
             filler = ids is not None and bool((ids == FILLER).all())
             self._weight = 0.0 if filler else weight
+            if self.strategy.wants_losses and ids is not None:
+                self.strategy.saw(ids, row_losses(out, batch, self.run.fishdip.sample_loss, self._shift))
         return out
-
-    @contextmanager
-    def _training_pass(self, labels: object, names: set[str]) -> Iterator[None]:
-        with self._masked.training(), self._targets.only(labels, names):
-            yield
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backpropagate ``loss`` (0-D, the mean of this micro-batch) and keep the masked entries. **Collective.**"""
@@ -339,6 +336,7 @@ class Engine(ModelVerbs):
     def use_data(self, dataset: Sequence) -> None:
         """Train and select on ``dataset`` from now on (any size, the same on every rank); its order starts anew. Local."""
         self.selector.use_data(dataset)
+        self.strategy.forget_samples()
         if self.loader is not None:
             self.loader.use_data(dataset)
 

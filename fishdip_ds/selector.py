@@ -40,6 +40,10 @@ class SelectionReport:
     """The smallest selected score."""
     worst: list[tuple[int, float]] = field(default_factory=list)
     """(sample id, loss) of the samples that fed the scores, worst first; loss is NaN if not computed."""
+    score_groups: int = 1
+    """Groups of weights that were scored one after the other; see ``fishdip_ds.grouped``."""
+    score_bytes: int = 0
+    """Largest bytes of scores and candidates on this rank at a time."""
 
 
 class Selector:
@@ -100,14 +104,16 @@ class Selector:
                                "or lower the learning rate if training has diverged.")
         return table
 
-    def fisher(self, sample_ids: list[int], *, train_mode: bool = False) -> Scores:
+    def fisher(self, sample_ids: list[int], *, train_mode: bool = False,
+               within: dict[int, tuple[int, int]] | None = None) -> Scores:
         """Sum over samples of the squared gradient of each one's own mean loss (gold labels). **Collective.**
 
         Empirical Fisher diagonal, Sung et al. 2021 eq. 4 without the constant; one sample per pass and rank.
-        Every rank runs the same number of passes; those without a sample run one of weight zero.
+        Every rank runs the same number of passes; those without a sample run one of weight zero. ``within`` limits it to
+        ranges of pieces by tensor index; see ``SquareAccumulator``.
         """
         with self.timed("scores"), self._mode(train_mode), torch.enable_grad():
-            squares = SquareAccumulator(self.layout, self.layout.device())
+            squares = SquareAccumulator(self.layout, self.layout.device(), within)
             with self._tap.into(squares):
                 for turn in range(-(-len(sample_ids) // self.comm.world)):
                     number = turn * self.comm.world + self.comm.rank

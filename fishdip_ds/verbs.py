@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fishdip_ds.errors import ConfigError
+from fishdip_ds.grouped import grouped_top
 from fishdip_ds.selection.mask import Mask, union_sorted
 from fishdip_ds.selection.rng import mix, own_stream, uniform_at
 from fishdip_ds.selection.topk import distributed_topk
@@ -55,6 +56,18 @@ class Verbs(Selector):
     def first_batch(self) -> list[int]:
         """Sample ids of the run's first optimizer step. Local, the same on every rank."""
         return self.engine.loader.order(0)[: self.global_batch]
+
+    def share_rows(self, ids: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sample ids (int64 [n], at most a step's samples of one rank) and fp32 values of all ranks, in rank order.
+
+        Ids are -1 where a rank has fewer. One all-gather, no device read.
+        """
+        rows = self.engine.run.micro_batch * self.engine.run.accumulation
+        packed = torch.full((2, rows), -1, dtype=torch.int64, device=values.device)
+        packed[0, : ids.numel()] = ids.to(values.device)
+        packed[1, : ids.numel()] = values.float().view(torch.int32)
+        whole = self.comm.all_gather(packed, tag="losses")
+        return whole[:, 0].reshape(-1), whole[:, 1].reshape(-1).to(torch.int32).view(torch.float32)
 
     # ---- scores ----------------------------------------------------------------------------------------
 
@@ -123,14 +136,30 @@ class Verbs(Selector):
             else:
                 owned = self._topk(scores, ranked, k if k is not None else self._k(numel, density))
             for t in whole:
-                owned[t.index] = torch.arange(t.start, t.stop, dtype=torch.int32, device=self.layout.device())
+                owned[t.index] = self._all_of(t)
             return self._share(owned)
+
+    def top_fisher(self, sample_ids: list[int], density: float, *, bound_gib: float = 0.0, scope: str = "model",
+                   always_on: Sequence[str] = (), train_mode: bool = False) -> Mask:
+        """``top`` of ``fisher``, bitwise, with at most ``bound_gib`` of scores on any rank at a time (0: no bound).
+
+        Under a bound the Fisher passes are run again for each group of weights whose scores fit.
+        """
+        ranked, whole = self._ranked(("*",), always_on)
+        per_rank = 4 * sum(self.layout.piece_numel(t) for t in ranked)
+        if not bound_gib or per_rank <= bound_gib * 2**30:
+            self.report.score_bytes = per_rank
+            return self.top(self.fisher(sample_ids, train_mode=train_mode), density, scope=scope, always_on=always_on)
+        lists = ([([t], math.ceil(t.numel * density)) for t in ranked] if scope == "tensor"
+                 else [(ranked, self._k(sum(t.numel for t in ranked), density))])
+        owned = grouped_top(self, sample_ids, lists, bound_gib, train_mode=train_mode)
+        for t in whole:
+            owned[t.index] = self._all_of(t)
+        return self._share(owned)
 
     def everything(self, names: Sequence[str]) -> Mask:
         """Mask of all weights of the named tensors."""
-        device = self.layout.device()
-        return self._share({t.index: torch.arange(t.start, t.stop, dtype=torch.int32, device=device)
-                            for t in self.layout.eligible if t.name in set(names)})
+        return self._share({t.index: self._all_of(t) for t in self.layout.eligible if t.name in set(names)})
 
     def top_owned(self, scores: Scores, k: int) -> Owned:
         """Positions of the k largest scores of all eligible tensors."""
@@ -223,6 +252,10 @@ class Verbs(Selector):
         if not ranked:
             raise ConfigError(f"no eligible tensor is left to rank by the patterns {list(among)}; widen them.")
         return ranked, whole
+
+    def _all_of(self, t: TensorShard) -> torch.Tensor:
+        """Global flat indices of all owned elements: int32."""
+        return torch.arange(t.start, t.stop, dtype=torch.int32, device=self.layout.device())
 
     def _k(self, numel: int, density: float) -> int:
         k = int(numel * density)

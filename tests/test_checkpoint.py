@@ -76,19 +76,26 @@ def _go_on(engine) -> tuple[list[float], list[str]]:
     return _steps(engine, engine.global_steps + 10), masks
 
 
-def _save_at(folder: str) -> tuple[list[float], list[str]]:
-    engine = _engine(dropout=0.0)
+def _save_at(folder: str, optimizer: str = "AdamW") -> tuple[list[float], list[str]]:
+    engine = _engine(dropout=0.0, optimizer=optimizer)
     _steps(engine, 4)
     engine.save_checkpoint(folder)
     return _go_on(engine)
 
 
-def _load_and_go(folder: str, worlds: list[int]) -> list[tuple[list[float], list[str]]]:
-    engine, outcomes = _engine(dropout=0.0), []
+def _load_and_go(folder: str, worlds: list[int], optimizer: str = "AdamW") -> list[tuple[list[float], list[str]]]:
+    engine, outcomes = _engine(dropout=0.0, optimizer=optimizer), []
     for saved_on in worlds:
         engine.load_checkpoint(f"{folder}/{saved_on}")
         outcomes.append(_go_on(engine))
     return outcomes
+
+
+def test_resume_of_moments_in_8_bits(tmp_path):
+    run(2, _same_world, str(tmp_path), "between masks, accumulating", "AdamW8bit")
+    expected, _ = run(2, _save_at, str(tmp_path / "2"), "AdamW8bit")[0]
+    ((losses, _),) = run(1, _load_and_go, str(tmp_path), [2], "AdamW8bit")[0]
+    assert losses == pytest.approx(expected, rel=1e-2)  # other shards have other blocks
 
 
 def test_resume_matrix(tmp_path):

@@ -37,7 +37,7 @@ PLAIN = {"zero_optimization": {"stage": 3}, "fishdip": {}}
     ({"fishdip": {"worst_samples": 0}}, "worst_samples"),
     ({"fishdip": {"strategy": "fishdip"}}, 'did you mean "fish_dip"'),
     ({"fishdip": {"refresh_interval": 0}}, "at least 1"),
-    ({"optimizer": {"type": "Lamb"}}, 'use AdamW or Adafactor'),
+    ({"optimizer": {"type": "Lamb"}}, 'use AdamW, AdamW8bit or Adafactor'),
     ({"optimizer": {"type": "AdamW", "params": {"learning_rate": 1}}}, 'unknown key "optimizer.params.learning_rate"'),
     ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, "adam_w_mode"),
     ({"scheduler": {"type": "WarmupDecay"}}, 'did you mean "WarmupDecayLR"'),

@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
                         "or a transformers folder or hub name")
     parser.add_argument("--ds_config", help="take batch, density, optimizer and ZeRO settings from this JSON; flags beat it")
     parser.add_argument("--strategy", choices=METHODS, help="ours: a mask; full and lora: stock ZeRO-3 (default ours)")
-    parser.add_argument("--optimizer", choices=["AdamW", "Adafactor"], help="compact optimizer (default AdamW)")
+    parser.add_argument("--optimizer", choices=["AdamW", "AdamW8bit", "Adafactor"], help="compact optimizer (default AdamW)")
     parser.add_argument("--fp32", action="store_true", help="weights in fp32 (default bf16, or the JSON's)")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     parser.add_argument("--offload", action="store_true", help="weight shards in host memory")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fishdip_ds.optim.adamw import AdamW
+from fishdip_ds.optim.adamw8bit import AdamW8bit
 from fishdip_ds.planning.graph import Work
 from fishdip_ds.planning.setting import Setting
 from fishdip_ds.planning.shapes import ModelShape, TensorShape
@@ -58,6 +59,8 @@ def persistent(model: ModelShape, setting: Setting) -> dict[str, float]:
 
 def optimizer_bytes(model: ModelShape, setting: Setting, k: int) -> float:
     """Master and state of the owned entries, and what an optimizer keeps whole on every rank."""
+    if setting.optimizer == "AdamW8bit":
+        return k / setting.world * AdamW8bit.BYTES_PER_ENTRY
     if setting.optimizer != "Adafactor":
         return k / setting.world * (FP32 + sum(dtype.itemsize for _, dtype in AdamW.ENTRY_STATE))
     statistics = sum(t.numel // t.shape[-1] + t.numel // t.shape[-2] if len(t.shape) > 1 else t.numel

@@ -33,7 +33,7 @@ def _table(title: str, parts: dict[str, float], unit: float, name: str, *, total
 
 def nodes_table(plans: list[Plan]) -> str:
     """Markdown, one row for each plan: how memory, traffic and time go with the number of ranks."""
-    heads = ["ranks", "nodes", "between steps, GiB", "peak, GiB", "gathers, GB", "k-vector, GB",
+    heads = ["ranks", "nodes", "between steps, GiB", "peak, GiB", "gathers, GB", "gradients, GB",
              "out of a node by gathers, GB",
              "squares of a refresh, GB", "out of a node by squares, GB", "step, s",
              "refresh, % of training"]

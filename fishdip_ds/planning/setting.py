@@ -94,6 +94,7 @@ def from_run(run: RunConfig) -> dict[str, object]:
         "strategy": fishdip.strategy if fishdip.strategy in STOCK else "ours",
         "optimizer": run.ds["optimizer"]["type"], "itemsize": 2 if run.ds.get("bf16", {}).get("enabled") else 4,
         "density": fishdip.density, "refresh_interval": fishdip.refresh_interval, "scan_batch": fishdip.scan_batch_size,
-        **({"worst_samples": worst} if isinstance(worst, int) else {}), "eligible": fishdip.eligible, "lora_r": fishdip.lora_r,
+        **({"worst_samples": worst} if isinstance(worst, int) else {}), "score_memory_gib": fishdip.score_memory_gib,
+        "eligible": fishdip.eligible, "lora_r": fishdip.lora_r,
         "micro_batch": run.micro_batch, "accumulation": run.accumulation,
         "offload": (zero.get("offload_param") or {}).get("device", "none") == "cpu"}

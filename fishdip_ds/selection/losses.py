@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fishdip_ds.errors import ConfigError
+
 IGNORE = -100
 """Label that counts in no loss."""
 
@@ -54,6 +56,42 @@ def sample_losses(logits: torch.Tensor, labels: torch.Tensor, kind: str, shift: 
     if kind == "padded_mean":
         return total / labels.shape[1]
     return total / (labels != IGNORE).sum(1).clamp(min=1).to(total.device)
+
+
+def row_losses(out: object, batch: dict, kind: str, shift: bool) -> torch.Tensor:
+    """Losses of the samples of a training micro-batch, from what its forward pass gave: fp32 [B], local, no gradient.
+
+    Args:
+        out: has ``losses`` [B] (of a ``loss_fn``), or ``logits`` [B, T, V] or [B, C], or of one sample alone its ``loss``.
+
+    Raises:
+        ConfigError: if the output of several samples has neither.
+    """
+    with torch.no_grad():
+        losses, logits, labels = getattr(out, "losses", None), getattr(out, "logits", None), batch.get("labels")
+        if isinstance(losses, torch.Tensor):
+            return losses.detach().float()
+        both = isinstance(logits, torch.Tensor) and isinstance(labels, torch.Tensor)
+        if both and logits.dim() == labels.dim() + 1 in (2, 3):
+            return sample_losses(logits.detach(), labels, kind, shift)
+        rows = next((v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), 1)
+        if rows == 1:
+            return out.loss.detach().float().reshape(1)
+    raise ConfigError('"fishdip.loss_scan" is "running", but the model gives neither logits nor losses of single samples; '
+                      'pass a loss_fn, or set it to "scan".')
+
+
+def update_running(table: torch.Tensor, ids: torch.Tensor, losses: torch.Tensor) -> None:
+    """Write the newest losses into a running table, in place and without a device read.
+
+    Args:
+        table: fp32 [E + 1]; the last slot takes what belongs to no sample.
+        ids: int64 [n], sample ids, -1 for none; of a sample that is there twice the larger loss counts.
+        losses: fp32 [n].
+    """
+    slots = torch.where(ids < 0, table.numel() - 1, ids)
+    table.index_fill_(0, slots, float("-inf"))
+    table.scatter_reduce_(0, slots, losses, "amax")
 
 
 def worst(losses: torch.Tensor, n: int) -> list[int]:

@@ -38,6 +38,8 @@ class Strategy:
     """Whether training samples must be at hand."""
     needs_total_steps = False
     """Whether the length of the run must be known."""
+    wants_losses = False
+    """Whether ``saw`` is to be called."""
     settings: frozenset[str] = MASK_SETTINGS
     """Settings that belong to it; others that do not belong to all methods are refused by name."""
     defaults: dict[str, object] = {}
@@ -63,11 +65,22 @@ class Strategy:
         raise NotImplementedError
 
     def after_step(self, verbs: Verbs, lr: float) -> None:
-        """Act after an optimizer step that was made with ``lr``. Local."""
+        """Act after an optimizer step that was made with ``lr``. All ranks do, so verbs may be collective."""
+
+    def saw(self, ids: torch.Tensor, losses: torch.Tensor) -> None:
+        """Note the losses of a training micro-batch: int64 [B] on the cpu, -1 in fillers, and fp32 [B]. Local."""
+
+    def forget_samples(self) -> None:
+        """The training set is another one from now on. Local."""
 
     def top(self, verbs: Verbs, scores: dict[int, torch.Tensor]) -> Mask:
         """The mask of the largest scores, as the settings density, scope and always_on say. **Collective.**"""
         return verbs.top(scores, self.config.density, scope=self.config.scope, always_on=self.config.always_on)
+
+    def top_fisher(self, verbs: Verbs, sample_ids: list[int], *, train_mode: bool = False) -> Mask:
+        """The mask of the largest Fisher scores of samples, within ``score_memory_gib``. **Collective.**"""
+        return verbs.top_fisher(sample_ids, self.config.density, bound_gib=self.config.score_memory_gib,
+                                scope=self.config.scope, always_on=self.config.always_on, train_mode=train_mode)
 
     def epoch_ids(self, epoch: int, n_samples: int) -> Sequence[int] | None:
         """The samples that epoch ``epoch`` (from 0) may hold; None: all of them. The same on every rank."""

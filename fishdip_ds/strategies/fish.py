@@ -22,13 +22,13 @@ class Fish(Strategy):
     """FISH Mask: one Fisher mask of random samples, for the whole run."""
 
     needs_samples = True
-    settings = MASK_SETTINGS | {"fisher_samples"}
+    settings = MASK_SETTINGS | {"fisher_samples", "score_memory_gib"}
 
     def select(self, verbs: Verbs, step: int) -> Mask:
         """Fisher of ``fisher_samples`` random training samples, then the top k."""
         chosen = verbs.random_samples(self.config.fisher_samples)
         verbs.report.worst = [(i, float("nan")) for i in chosen[:25]]
-        return self.top(verbs, verbs.fisher(chosen))
+        return self.top_fisher(verbs, chosen)
 
 
 class TopLoss(FishDip):
@@ -43,7 +43,7 @@ class RandomSamples(Periodic):
     """FISH-DIP's schedule on as many random samples in place of the worst."""
 
     needs_samples = True
-    settings = MASK_SETTINGS | {"refresh_interval", "worst_samples"}
+    settings = MASK_SETTINGS | {"refresh_interval", "worst_samples", "score_memory_gib"}
 
     def select(self, verbs: Verbs, step: int) -> Mask:
         """Other samples each time; the number is FISH-DIP's."""
@@ -51,4 +51,4 @@ class RandomSamples(Periodic):
         n = round(asked * verbs.n_samples) if isinstance(asked, float) else asked
         chosen = verbs.random_samples(max(1, min(n, verbs.n_samples - 1)))
         verbs.report.worst = [(i, float("nan")) for i in chosen[:25]]
-        return self.top(verbs, verbs.fisher(chosen))
+        return self.top_fisher(verbs, chosen)

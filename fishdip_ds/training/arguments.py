@@ -143,7 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--batch_size", type=int, help="samples per rank and forward pass (JSON: micro batch)")
     train.add_argument("--accumulation", type=int, help="forward passes per optimizer step")
     train.add_argument("--clip", type=float, help="largest norm of the masked gradient; 0 does not clip")
-    train.add_argument("--optimizer", choices=["AdamW", "Adafactor"], help="compact optimizer")
+    train.add_argument("--optimizer", choices=["AdamW", "AdamW8bit", "Adafactor"], help="compact optimizer")
     train.add_argument("--weight_decay", type=float, help="decoupled weight decay")
     train.add_argument("--bf16", action="store_true", help="weights and activations in bfloat16")
     train.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations in backward")

@@ -6,7 +6,7 @@ post-accumulate hook sees is this rank's own, unreduced, of the whole tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,8 @@ from fishdip_ds.zero3.shards import ShardLayout, TensorShard
 
 CHUNK = 1 << 20
 """Elements squared at a time on one rank, so that the fp32 copy of a large bf16 gradient stays small."""
+EXCHANGE = 1 << 24
+"""Squares that ranks exchange at a time, all pieces together, so that a large tensor's stay small too."""
 Sink = Callable[[TensorShard, torch.Tensor], None]
 
 
@@ -125,29 +127,43 @@ class SquareAccumulator:
     every number of ranks, as long as rank r takes samples r, r+N, r+2N, ...
     """
 
-    def __init__(self, layout: ShardLayout, device: torch.device) -> None:
+    def __init__(self, layout: ShardLayout, device: torch.device,
+                 within: Mapping[int, tuple[int, int]] | None = None) -> None:
+        """``within``: tensor index -> range of each rank's piece (the same on all ranks) to score; None scores all."""
         self._layout = layout
         self._live = True
-        self.scores: dict[int, torch.Tensor] = {
-            t.index: torch.zeros(t.stop - t.start, dtype=torch.float32, device=device) for t in layout.eligible}
-        """Per eligible tensor index: fp32 [stop - start], local, no padding."""
+        self._ranges = within if within is not None else {t.index: (0, layout.piece_numel(t)) for t in layout.eligible}
+        self.scores: dict[int, torch.Tensor] = {}
+        """Per scored tensor index: fp32, the owned part of its range, local, no padding."""
+        for t in layout.eligible:
+            if t.index in self._ranges:
+                begin, end = (min(at, t.stop - t.start) for at in self._ranges[t.index])
+                self.scores[t.index] = torch.zeros(end - begin, dtype=torch.float32, device=device)
 
     def begin(self, live: bool) -> None:
         """Note whether this rank's coming backward pass is a real sample or a filler that must count as zero."""
         self._live = live
 
     def __call__(self, tensor: TensorShard, grad: torch.Tensor) -> None:
-        comm, score = self._layout.comm, self.scores[tensor.index]
+        if tensor.index not in self._ranges:
+            return
+        comm, score, (begin, end) = self._layout.comm, self.scores[tensor.index], self._ranges[tensor.index]
+        flat = grad.reshape(-1)
         if comm.world == 1:
             if self._live:
-                flat = grad.reshape(-1)
-                for part, into in zip(flat.split(CHUNK), score.split(CHUNK), strict=True):
+                for part, into in zip(flat[begin:end].split(CHUNK), score.split(CHUNK), strict=True):
                     into.add_(part.float().square_())  # not addcmul: a fused multiply-add rounds differently
             return
         piece = self._layout.piece_numel(tensor)
-        pieces = torch.zeros(comm.world * piece, dtype=torch.float32, device=grad.device)
-        if self._live:
-            pieces[: tensor.numel] = grad.reshape(-1)
-            pieces.square_()
-        for from_rank in comm.all_to_all(pieces.view(comm.world, piece), tag="scores"):
-            score.add_(from_rank[: tensor.stop - tensor.start])
+        width = max(1, EXCHANGE // comm.world)
+        for lo in range(begin, end, width):
+            hi = min(lo + width, end)
+            pieces = torch.zeros(comm.world, hi - lo, dtype=torch.float32, device=grad.device)
+            if self._live:
+                for rank, row in enumerate(pieces):
+                    part = flat[rank * piece + lo : min(rank * piece + hi, tensor.numel)]
+                    row[: part.numel()] = part
+                pieces.square_()
+            into = score[lo - begin : hi - begin]
+            for from_rank in comm.all_to_all(pieces, tag="scores"):
+                into.add_(from_rank[: into.numel()])

@@ -51,7 +51,7 @@ def _running(size: str, threshold: int, optimizer: str, reuse: int) -> dict:
             t.param.data.nbytes for t in engine.layout.tensors if t.param.data_ptr() != t.param.ds_tensor.data_ptr()),
         "mask index": sum(i.nbytes for i in engine.mask.by_tensor),
         "k-vector": engine._accumulator.buffer.nbytes,
-        "owned optimizer state": sum(v.nbytes for v in stock.vectors().values()) + _dense_bytes(stock),
+        "owned optimizer state": stock.master.nbytes + sum(v.nbytes for v in stock.entry_state.values()) + _dense_bytes(stock),
         "owned positions": sum(p.nbytes for p in entries.local),
         "ever trained: positions and base values": sum(e.nbytes for e in engine.ever) + sum(b.nbytes for b in engine.base)}
     setting = Setting(**{**from_run(engine.run), "gpus_per_node": engine.comm.world, "itemsize": 4, "train_samples": len(data),
@@ -62,8 +62,8 @@ def _running(size: str, threshold: int, optimizer: str, reuse: int) -> dict:
 
 
 def _dense_bytes(optimizer) -> int:
-    """What Adafactor keeps whole on every rank."""
-    return sum(v.nbytes for k, v in getattr(optimizer, "stats", {}).items()) + sum(
+    """What Adafactor keeps whole on every rank, and AdamW8bit's moments."""
+    return sum(v.nbytes for part in ("moments", "stats") for v in getattr(optimizer, part, {}).values()) + sum(
         w.row_of.nbytes + w.col_of.nbytes for w in getattr(optimizer, "_where", {}).values())
 
 
@@ -89,7 +89,7 @@ def _mean(results: list[dict], kind: str) -> dict[str, float]:
 
 @pytest.mark.parametrize(("world", "size", "threshold", "optimizer"), [
     (1, "narrow", 0, "AdamW"), (1, "deep", 2000, "Adafactor"), (2, "wide", 2000, "AdamW"), (2, "narrow", 0, "Adafactor"),
-    (3, "deep", 0, "AdamW"), (3, "wide", 2000, "AdamW"), (4, "narrow", 2000, "AdamW"), (4, "deep", 0, "Adafactor")])
+    (3, "deep", 0, "AdamW"), (3, "wide", 2000, "AdamW8bit"), (4, "narrow", 2000, "AdamW"), (4, "deep", 0, "Adafactor")])
 def test_bytes_held_and_sent_are_those_planned(world, size, threshold, optimizer):
     results = run(world, _running, size, threshold, optimizer, 10**9)
     planned, held = results[0]["planned"], _mean(results, "held")

@@ -148,7 +148,7 @@ def test_inventory_of_bytes(world, strategy):
         weights, entries = sum(r[2] for r in results), results[0][3]
         found = 2 + sum(r[0] - r[1] for r in results) / weights
         allowed = DENSE_BYTES.get(strategy) or 2 + entries / weights * (8 * world + 24)
-        print(f"\n{strategy}, world {world}, step {steps}: {found:.2f} bytes per weight of all ranks, {allowed:.2f} by its page")
+        print(f"\n{strategy}, world {world}, step {steps}: {found:.2f} bytes a weight of all ranks, {allowed:.2f} allowed")
         assert found <= allowed * 1.05
 
 
