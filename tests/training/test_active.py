@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import encoder_folder
 from ranks import run
-from training.test_heads import _examples, _folder
+from training.test_heads import _examples
 
 from fishdip_ds.errors import ConfigError
 from fishdip_ds.training.active_arguments import parse_active, protocol_of
@@ -109,7 +110,7 @@ def test_an_encoder_on_an_adapted_base(tmp_path):
     for split, at in (("train", slice(0, 30)), ("dev", slice(30, 36)), ("test", slice(36, 44))):
         rows = [json.dumps({"text": e.texts[0], "label": e.label}) for e in _examples(44)[at]]
         (data / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
-    _folder(folder)
+    encoder_folder(folder)
     run(1, _adapted, str(folder), str(data), str(tmp_path / "run"))
     done = json.loads((tmp_path / "run/adapted/adapted.json").read_text())
     assert done["texts"] == 30 and len(done["mean_loss_by_epoch"]) == 2
