@@ -11,9 +11,9 @@ SPARSE = {
     "spiel": {"drop_rate": 0.5}, "child_tuning_d": {"layers": ("*block*",)},
     "child_tuning_d published": {"layers": ("*block*",), "fisher": "global", "always_on": ("shared*",), "decay_frozen": True}}
 DENSE = {
-    "child_tuning_f": {}, "mixout": {}, "lt_sft": {"density": 0.2}, "dps": {"update_ratio": 0.25},
-    "dps momentum": {"update_ratio": 0.25, "masked_update": "momentum"}, "dps_mix": {"update_ratio": 0.25},
-    "dps_mix momentum": {"update_ratio": 0.25, "masked_update": "momentum"}}
+    "child_tuning_f": {}, "mixout": {}, "lt_sft": {"density": 0.2}, "dps": {"update_ratio": 0.4},
+    "dps momentum": {"update_ratio": 0.4, "masked_update": "momentum"}, "dps_mix": {"update_ratio": 0.4},
+    "dps_mix momentum": {"update_ratio": 0.4, "masked_update": "momentum"}}
 
 
 def _check(results: list[dict], label: str) -> None:
@@ -25,10 +25,11 @@ def _check(results: list[dict], label: str) -> None:
 @pytest.mark.parametrize("case", SPARSE)
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_sparse_methods_equal_their_twin(world, case):
-    _check(run(world, compare, case.split()[0], 7, "sparse", SPARSE[case]), f"{case}, world {world}")
+    settings = {**SPARSE[case], **({"refresh_interval": 2} if case in ("random_samples", "spiel") else {})}
+    _check(run(world, compare, case.split()[0], 4, "sparse", settings), f"{case}, world {world}")
 
 
 @pytest.mark.parametrize("case", DENSE)
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_dense_methods_equal_their_twin(world, case):
-    _check(run(world, compare, case.split()[0], 9, "every_weight", DENSE[case]), f"{case}, world {world}")
+    _check(run(world, compare, case.split()[0], 5, "every_weight", DENSE[case]), f"{case}, world {world}")

@@ -12,7 +12,7 @@ from fishdip_ds.config import FishdipConfig
 from fishdip_ds.reference import mixup
 
 FOLDS = {"mixup_folds": 2, "mixup_radius": 0.02}
-STEPS = 11  # 2 folds of 2 epochs of 2 steps, then 3 steps on all
+STEPS = 6  # 2 folds of 1 epoch of 2 steps, then 2 steps on all
 
 
 def _twin(engine, strategy: str, form: str, live: dict | None = None):
@@ -125,7 +125,7 @@ def _gradients(form: str) -> float:
 
 
 @pytest.mark.parametrize("form", ["rank1", "convex"])
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 3, 4])
 def test_1_gradients_equal_autograd(world, form):
     assert max(run(world, _gradients, form)) < 1e-4
 
@@ -136,19 +136,19 @@ def _alpha_one(strategy: str) -> tuple[float, bool]:
     engine = engine_of(strategy, STEPS, **FOLDS, **settings)
     _at_alpha(engine, 2.0)
     data, base = TextPairs(SAMPLES), shards(engine)
-    ids, live = order(engine.loader, 4), {}
+    ids, live = order(engine.loader, 2), {}
     if settings:
         engine.refresh()
         for t in engine.layout.tensors:
             live[t.name] = torch.zeros(t.numel, dtype=torch.bool)
             live[t.name][engine.mask.indices(t.name).long()] = True
             live[t.name] = live[t.name].view(t.shape)
-    go(engine, 4)
+    go(engine, 2)
     twin = mixup.Mixed(model(), "convex", set(), live)
     inner = mixup.Inner(twin, ADAMW["lr"], ADAMW["eps"], ADAMW["weight_decay"])
     for at, batch in enumerate(ids):
         _, grads, _ = twin.gradients(collate([data[i] for i in batch]), twin.weights)
-        inner.step(mixup._clipped(grads, ADAMW["clip"]), ADAMW["lr"] * mixup.warm_linear(at, 4))
+        inner.step(mixup._clipped(grads, ADAMW["clip"]), ADAMW["lr"] * mixup.warm_linear(at, 2))
     expected = torch.cat([twin.weights[t.name].reshape(-1)[t.start : t.stop] for t in engine.layout.tensors])
     still = True
     if live:
@@ -284,10 +284,10 @@ def _fold_mean() -> None:
 
     engine._restart = restart
     go(engine, STEPS, keep)
-    ends = [kept[3], kept[7]]
+    ends = [kept[1], kept[3]]
     assert torch.equal(starts[2], (ends[0][0] + ends[1][0]) / 2)
-    assert torch.equal(kept[8][1], (ends[0][1] + ends[1][1]) / 2)
-    assert torch.equal(kept[8][1], kept[10][1]) and not torch.equal(kept[8][0], kept[10][0])  # only W trains
+    assert torch.equal(kept[4][1], (ends[0][1] + ends[1][1]) / 2)
+    assert torch.equal(kept[4][1], kept[5][1]) and not torch.equal(kept[4][0], kept[5][0])  # only W trains
 
 
 @pytest.mark.parametrize("world", [1, 2])
