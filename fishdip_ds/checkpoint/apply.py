@@ -32,10 +32,11 @@ def apply_checkpoint(model: nn.Module, load_dir: Path, tag: str | None = None) -
     params = dict(model.named_parameters())
     _check(str(folder), manifest["tensors"], params, fingerprints=True)
     with safe_open(folder / STATE, framework="pt") as file:
+        dense = manifest.get("dense", False)  # then every weight is there
         for key in file.keys():  # noqa: SIM118  safe_open is no mapping
             kind, _, name = key.partition("/")
             if kind == "value":
-                at = slice(None) if manifest["dense"] else file.get_tensor(f"ever/{name}").long().to(params[name].device)
+                at = slice(None) if dense else file.get_tensor(f"ever/{name}").long().to(params[name].device)
                 params[name].data.view(-1)[at] = file.get_tensor(key).to(params[name])
     return folder
 

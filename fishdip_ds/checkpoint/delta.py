@@ -41,7 +41,7 @@ def export_delta(checkpoints: Path, out: Path, tag: str | None = None, facts: di
     from safetensors.torch import save_file
 
     folder, manifest = read_folder(checkpoints, tag)
-    if manifest["dense"]:
+    if manifest.get("dense", False):
         raise FishdipError(f'{folder} is of strategy "{manifest["strategy"]}", which trains every weight: a delta would be as '
                            "large as the model; train with --export and use the model folder that it writes.")
     files = None

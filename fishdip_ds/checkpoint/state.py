@@ -86,7 +86,7 @@ def load(engine: Engine, load_dir: Path, tag: str | None) -> tuple[Path, dict]:
     folder, manifest = found
     with safe_open(folder / STATE, framework="pt") as file:
         _restore_run(engine, file, manifest)
-        (_restore_dense if manifest["dense"] else _restore)(engine, file, manifest)
+        (_restore_dense if manifest.get("dense", False) else _restore)(engine, file, manifest)
     return folder, manifest["client_state"]
 
 
@@ -141,7 +141,8 @@ def _check(engine: Engine, folder: Path, manifest: dict) -> None:
             raise FishdipError(f"{folder} was trained from other base weights: {name} differs; load the same "
                                "pretrained model in the same dtype.")
     theirs, own = manifest["strategy"], engine.run.fishdip.strategy
-    if manifest["dense"] != engine.strategy.dense or (theirs != own and (engine.strategy.dense or engine.strategy.bilevel)):
+    strategy, dense = engine.strategy, manifest.get("dense", False)
+    if dense != strategy.dense or (theirs != own and (strategy.dense or strategy.bilevel)):
         raise FishdipError(f'{folder} is of strategy "{theirs}", whose state does not fit "{own}"; go on with the same.')
     kind = type(engine.optimizer).__name__
     if manifest["optimizer"] != kind:
