@@ -20,7 +20,7 @@ check: .venv/ready  ## style
 	$(BIN)/ruff check .
 
 test: check  ## style and all tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python tools/run_tests.py
 
 clean:
 	rm -rf .venv runs build *.egg-info
