@@ -78,7 +78,7 @@ class Worker:
         section = {"strategy": "fish_dip" if ours else args.worker}
         if ours:
             section |= {"density": args.density[0], "refresh_interval": 10**9, "worst_samples": 3,
-                        "scan_batch_size": args.batch, "masked_gradients": "off" if args.worker == "off" else "auto"}
+                        "scan_batch_size": args.batch, "masked_gradients": "off" if args.worker == "off" else "on"}
         config = {
             "train_micro_batch_size_per_gpu": args.batch, "gradient_clipping": 1.0, "bf16": {"enabled": args.dtype == "bf16"},
             "zero_optimization": {"stage": 3, "reduce_bucket_size": 5_000_000, "stage3_param_persistence_threshold": 100_000},

@@ -191,7 +191,7 @@ def _trained(kind: str, mode: str, way: str | None, steps: int = 4, *, checkpoin
 
 
 def _both(kind: str, way: str | None, options: dict) -> dict[str, float | bool]:
-    ours, usual = _trained(kind, "auto", way, **options), _trained(kind, "off", None, **options)
+    ours, usual = _trained(kind, "on", way, **options), _trained(kind, "off", None, **options)
     assert ours["hash"] == usual["hash"]
     assert "plans" in ours["parts"]
     return {"weights": float((ours["weights"] - usual["weights"]).abs().max()),
@@ -226,7 +226,7 @@ def _stops(only: str) -> dict:
     from fishdip_ds.selection.mask import Mask
 
     out = {}
-    for mode in ("auto", "off"):
+    for mode in ("on", "off"):
         engine, _, loader, _ = fishdip_ds.initialize(
             tiny_t5(tied=False, seed=3).train(), ds_config(masked_gradients=mode, refresh_interval=1000, threshold=100),
             TextPairs(31), collate)
@@ -247,12 +247,12 @@ def _stops(only: str) -> dict:
             if engine.global_steps == 4:
                 break
         out[mode] = (torch.cat([t.owned() for t in layout.tensors]), reached)
-    return {"difference": float((out["auto"][0] - out["off"][0]).abs().max()), "auto": out["auto"][1], "off": out["off"][1]}
+    return {"difference": float((out["on"][0] - out["off"][0]).abs().max()), "on": out["on"][1], "off": out["off"][1]}
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_backward_stops_above_the_lowest_masked_tensor(world):
     for result in run(world, _stops, "decoder.block.1.layer.2.DenseReluDense.wo.weight"):
         assert result["off"] == [0, 1, 2, 3]
-        assert result["auto"] == [0], "the first pass looks for reentrant checkpoints, later ones stop in the decoder"
+        assert result["on"] == [0], "the first pass looks for reentrant checkpoints, later ones stop in the decoder"
         assert result["difference"] < 1e-6
