@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from fishdip_ds.checkpoint.writer import Writer
 from fishdip_ds.distributed import Comm
+from fishdip_ds.modes import in_mode
 from fishdip_ds.zero3.partition import fits_on_one_device, resident
 
 if TYPE_CHECKING:
@@ -81,16 +82,9 @@ class ModelVerbs:
     def keep_base(self) -> None:
         """Keep what ``rewind`` will need of the base weights. Before the first step. An engine with a mask does so anyway."""
 
-    @contextmanager
-    def in_mode(self, train: bool) -> Iterator[None]:
-        """Train or eval mode for the block; every submodule gets its own flag back."""
-        before = [(m, m.training) for m in self.module.modules()]
-        self.module.train(train)
-        try:
-            yield
-        finally:
-            for module, flag in before:
-                module.training = flag
+    def in_mode(self, train: bool) -> AbstractContextManager[None]:
+        """Train or eval mode for a block; every submodule gets its own flag back."""
+        return in_mode(self.module, train)
 
     def train(self, mode: bool = True) -> Self:
         """Put the model in train mode (dropout on). Like DeepSpeed, the engine never does it by itself."""

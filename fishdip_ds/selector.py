@@ -16,6 +16,7 @@ from torch import nn
 
 from fishdip_ds.data.loader import Collate
 from fishdip_ds.errors import ConfigError, FishdipError
+from fishdip_ds.modes import in_mode
 from fishdip_ds.selection.losses import sample_losses, shifts_labels
 from fishdip_ds.selection.mask import Mask
 from fishdip_ds.selection.rng import mix, own_stream, uniform_at
@@ -87,7 +88,7 @@ class Selector:
         Raises:
             FishdipError: on all ranks, naming the first sample whose loss is not finite.
         """
-        with self.timed("losses"), self._mode(train_mode), torch.no_grad():
+        with self.timed("losses"), in_mode(self.module, train_mode), torch.no_grad():
             batches = self._scan_batches()
             table = torch.zeros(self.n_samples, dtype=torch.float32, device=self.layout.device())
             for turn in range(-(-len(batches) // self.comm.world)):
@@ -112,7 +113,7 @@ class Selector:
         Every rank runs the same number of passes; those without a sample run one of weight zero. ``within`` limits it to
         ranges of pieces by tensor index; see ``SquareAccumulator``.
         """
-        with self.timed("scores"), self._mode(train_mode), torch.enable_grad():
+        with self.timed("scores"), in_mode(self.module, train_mode), torch.enable_grad():
             squares = SquareAccumulator(self.layout, self.layout.device(), within)
             with self._tap.into(squares):
                 for turn in range(-(-len(sample_ids) // self.comm.world)):
@@ -197,17 +198,6 @@ class Selector:
     def load(self, ids: list[int]) -> dict:
         """One batch of these samples, on the compute device. Local."""
         return self._to_device(self._collate([self._dataset[i] for i in ids]))
-
-    @contextmanager
-    def _mode(self, train: bool) -> Iterator[None]:
-        """Train or eval mode for the block; every submodule gets its own flag back."""
-        before = [(m, m.training) for m in self.module.modules()]
-        self.module.train(train)
-        try:
-            yield
-        finally:
-            for module, flag in before:
-                module.training = flag
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:

@@ -1,0 +1,20 @@
+"""Train and eval mode of a module for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def in_mode(module: nn.Module, train: bool) -> Iterator[None]:
+    """Train or eval mode for the block; every submodule gets its own flag back. Local."""
+    before = [(m, m.training) for m in module.modules()]
+    module.train(train)
+    try:
+        yield
+    finally:
+        for each, flag in before:
+            each.training = flag
