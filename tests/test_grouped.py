@@ -20,7 +20,7 @@ class Equal(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.third = (nn.Parameter(torch.zeros(n)) for n in (2503, 4001, 1999))
+        self.first, self.second, self.third = (nn.Parameter(torch.zeros(n)) for n in (10007, 16001, 7993))
 
     def forward(self, x):
         return SimpleNamespace(loss=sum((p.sum() * x).mean() for p in (self.first, self.second, self.third)))

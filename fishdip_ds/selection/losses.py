@@ -92,6 +92,7 @@ def update_running(table: torch.Tensor, ids: torch.Tensor, losses: torch.Tensor)
     slots = torch.where(ids < 0, table.numel() - 1, ids)
     table.index_fill_(0, slots, float("-inf"))
     table.scatter_reduce_(0, slots, losses, "amax")
+    table[-1].zero_()  # what was written there may be NaN, the mean over no target
 
 
 def worst(losses: torch.Tensor, n: int) -> list[int]:

@@ -22,11 +22,14 @@ def _weights(engine) -> torch.Tensor:
 
 def _every_query(folder: str) -> dict[str, list]:
     data = pool_of()
-    engine = engine_on(data)
+    engine = engine_on(data, dropout=0.0)  # in training each rank draws dropout of its own; that of mc follows the ids
     records = rounds_on(engine, data, "entropy", Path(folder), rounds=3, epochs=1).run()
     assert [r["labelled"] for r in records] == [10, 15, 20]
     trained = rounds_on(engine, data, "loss", Path(folder), epochs=1)
     table = trained._train(trained.pool.labelled)
+    for module in engine.module.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
     asked = {query: rounds_on(engine, data, query, Path(folder))._ask(1, trained.pool.labelled, table) for query in QUERIES}
     return {"rounds": [r["acquired"] for r in records], **asked}
 
