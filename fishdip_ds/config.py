@@ -50,9 +50,9 @@ class FishdipConfig:
     """Module mode of later selections; the reference code leaves it at train."""
     worst_count_unit: str = "samples"
     """samples, or batches: the reference code's rule, a tenth of the number of batches within 3..25."""
-    masked_gradients: str = "off"
-    """off (what "auto" means): compute a weight's gradient whole and pick what the mask keeps; on: compute only that, the
-    cheapest way per tensor. on is not yet bitwise the same after a resume."""
+    masked_gradients: str = "on"
+    """on (what "auto" means): compute of a weight's gradient only what the mask keeps, the cheapest way per tensor;
+    off: compute it whole and pick."""
     loss_scan: str = "scan"
     """scan: a forward pass over the training set before each mask. running: losses seen in training, the newest of each
     sample, after one scan before the first mask; no extra forward, but dropout is on and weights were older."""

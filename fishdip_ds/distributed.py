@@ -119,9 +119,28 @@ def init_distributed() -> Comm:
     # Not DeepSpeed's shared-memory all-reduce on CPU: nothing here uses it, each rank of it leaves 66 MiB behind, and it is
     # built under a lock file, which a process killed at that moment would leave for all later ones to wait on forever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = get_accelerator().communication_backend_name()
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name())
+        store = _store_of_this_attempt()
+        if store is not None:
+            rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        deepspeed.init_distributed(dist_backend=backend)  # DeepSpeed takes over a group that is there
     return Comm()
+
+
+def _store_of_this_attempt() -> dist.Store | None:
+    """The agent's key-value store under the number of this restart, where ``torchrun`` restarts ranks on one node.
+
+    The agent keeps one store through all attempts, in which restarted ranks may find the addresses of dead ones
+    (pytorch issue 135712). Over several nodes the agents do not count alike: there launch files ask for a store for each
+    attempt (TORCH_DISABLE_SHARE_RDZV_TCP_STORE), and here is nothing to do.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE", "1") != "1":
+        return None
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), int(env["WORLD_SIZE"]), is_master=False)
+    return dist.PrefixStore(f"attempt_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def close_distributed() -> None:

@@ -317,6 +317,7 @@ class Engine(ModelVerbs):
         elif self.loader is not None:
             self.loader.load_state_dict({"epoch": 0, "step_in_epoch": 0})
         self.load_strategy({})
+        self._masked.learn(None)
         self.start_schedule(self._new_schedule)
         set_random_state(self._random_start)
 

@@ -48,7 +48,7 @@ def save(engine: Engine, save_dir: Path, tag: str | None, client_state: dict, *,
         "entry_state": [name for name, _ in engine.optimizer.ENTRY_STATE],
         "tensors": {t.name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."),
                              "base": engine.base_fingerprints[t.name]} for t in engine.layout.tensors},
-        "lr": [group["lr"] for group in engine.optimizer.param_groups],
+        "lr": [group["lr"] for group in engine.optimizer.param_groups], "stops_early": engine._masked.learned,
         "scheduler": _scheduler_state(engine.lr_scheduler),
         "loader": engine.loader.state_dict() if engine.loader is not None else None,
         "client_state": copy.deepcopy(client_state), "config": engine.run.ds,
@@ -176,6 +176,7 @@ def _restore(engine: Engine, file, manifest: dict) -> None:
         shard[engine.ever[t.index].to(shard.device)] = get(f"value/{t.name}", t.dtype)[here].to(shard)
     layout.publish(layout.tensors)
     engine._use(mask, entries, manifest["mask_step"])
+    engine._masked.learn(manifest.get("stops_early"))  # absent before masked gradients were the default
 
 
 def _restore_dense(engine: Engine, file, manifest: dict) -> None:

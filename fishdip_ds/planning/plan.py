@@ -78,9 +78,11 @@ class Planner:
                     refresh_bytes, flops, _seconds(setting, step_bytes, refresh_bytes, flops))
 
     def _step_flops(self, setting: Setting, work: Work, again: float) -> float:
-        """Forward, activation gradients, weight gradients. LoRA forms those of its adapters alone."""
-        if setting.strategy != "lora":
+        """Forward, activation gradients, weight gradients: of all weights, a mask's entries, or LoRA's adapters."""
+        if setting.strategy == "full":
             return work.forward_flops + work.backward_flops + again
+        if setting.strategy == "ours":
+            return work.forward_flops * (2 + memory.mask_count(self.model, setting) / self.model.numel) + again
         share = memory.lora_numel(self.model, setting.lora_r) / self.model.numel
         return work.forward_flops * (2 + 3 * share) + again
 

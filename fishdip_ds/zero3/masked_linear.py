@@ -104,7 +104,9 @@ class MaskedGradients:
         self._frozen: list[nn.Parameter] = []
         self._frozen_at = torch.zeros(0, dtype=torch.int64)
         self._backward = self._pruned = self._said = False
-        self._prunes: bool | None = None if may_prune else False
+        self._may_prune = may_prune
+        self._prunes: bool | None = None
+        self.learn(None)
         self.usual = Usual.now()
         self._ours = Usual(self._linear, self._embedding, self._addmm)
         self.way: str | None = None
@@ -157,6 +159,18 @@ class MaskedGradients:
     def planned(self, weight: nn.Parameter) -> bool:
         """Whether the mask has an entry of the weight."""
         return self._matrices[weight].index in self._plans
+
+    @property
+    def learned(self) -> bool | None:
+        """Whether training passes stop where nothing below is in the mask; None before the first pass has shown it.
+
+        Part of a run's state: where a bias needs no gradient torch may take another attention kernel, which rounds otherwise.
+        """
+        return self._prunes
+
+    def learn(self, prunes: bool | None) -> None:
+        """Take back what ``learned`` once was; None: as new."""
+        self._prunes = prunes if self._may_prune else False
 
     # ---- training passes -------------------------------------------------------------------------------
 
