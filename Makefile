@@ -1,5 +1,6 @@
 # Everything sets itself up: a .venv pinned by constraints.txt, from the package registry alone.
 PYTHON ?= python3
+JOBS ?= 2  # tests at a time; some start four processes of their own
 BIN = .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -20,7 +21,7 @@ check: .venv/ready  ## style
 	$(BIN)/ruff check .
 
 test: check  ## style and all tests
-	$(BIN)/python tools/run_tests.py
+	$(BIN)/python -m pytest -q -p no:cacheprovider -n $(JOBS) --dist worksteal --durations 25
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -19,16 +19,6 @@ def shared_dir() -> Path:
     return folder
 
 
-PENDING = Path(__file__).with_name("pending.txt")
-"""Tests that have not been seen to pass on an idle machine, one id a line; ``FISHDIP_PENDING=1`` runs them too."""
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave pending tests out, and run those of one world size together: their ranks stay alive between tests."""
-    if "FISHDIP_PENDING" not in os.environ and PENDING.is_file():
-        names = set(PENDING.read_text(encoding="utf-8").splitlines())
-        left = [item for item in items if item.nodeid in names]
-        if left:
-            config.hook.pytest_deselected(items=left)
-            items[:] = [item for item in items if item.nodeid not in names]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run tests of one world size together: their ranks stay alive between tests."""
     items.sort(key=lambda item: (getattr(item, "callspec", None) and item.callspec.params.get("world", 0)) or 0)
