@@ -232,13 +232,20 @@ def _check_scheduler(ds: dict) -> None:
         del section["params"]["warmup_max_lr"]  # DeepSpeed then takes the optimizer's
 
 
+MONITOR_FOLDERS = {"output_path": "runs", "job_name": "fishdip_ds"}
+"""What "auto" means for a caller of ``initialize``; DeepSpeed would make a folder of its own in the current one."""
+
+
 def _no_auto(node: dict, path: str = "") -> None:
     for key, value in list(node.items()):
         here = f"{path}{key}"
         if isinstance(value, dict):
             _no_auto(value, here + ".")
         elif value == "auto":
-            if path in ("zero_optimization.", "tensorboard.", "csv_monitor.", "wandb."):
+            if path in ("tensorboard.", "csv_monitor.") and key in MONITOR_FOLDERS:
+                node[key] = MONITOR_FOLDERS[key]
+            elif path in ("zero_optimization.", "tensorboard.", "csv_monitor.", "wandb."):
                 del node[key]  # DeepSpeed's own default
             else:
-                raise ConfigError(f'"{here}" is "auto" and nothing given tells its value; set it.')
+                hint = " or give fishdip_ds.initialize total_steps" if key == "total_num_steps" else ""
+                raise ConfigError(f'"{here}" is "auto" and nothing given tells its value; set it{hint}.')

@@ -21,7 +21,7 @@ from fishdip_ds.model_verbs import ModelVerbs
 from fishdip_ds.monitoring import Monitor, peak_memory_gib, refresh_events
 from fishdip_ds.optim.adafactor import Adafactor
 from fishdip_ds.optim.compact import CompactOptimizer, OwnedEntries
-from fishdip_ds.selection.losses import row_losses, shifts_labels, target_count
+from fishdip_ds.selection.losses import loss_of, losses_of, row_losses, shifts_labels, target_count
 from fishdip_ds.selection.mask import Mask, union_sorted
 from fishdip_ds.selection.rng import random_state, set_random_state
 from fishdip_ds.selector import LossFn, SelectionReport
@@ -125,11 +125,13 @@ class Engine(ModelVerbs):
         batch = self.to_device(batch)
         if self._loss_fn is not None:
             with self._masked.training() if training else nullcontext():
-                losses = self._loss_fn(self.module, batch)
+                losses = losses_of(self._loss_fn(self.module, batch), batch)
             out, weight = SimpleNamespace(loss=losses.mean(), losses=losses), float(losses.numel())
         else:
             with self._masked.training() if training else nullcontext(), self._targets.only(labels, set(batch)):
                 out = self.module(**batch)
+            if training:
+                loss_of(out)
         if training:
             filler = ids is not None and bool((ids == FILLER).all())
             self._weight = 0.0 if filler else weight

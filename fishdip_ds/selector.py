@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from fishdip_ds.data.loader import Collate
+from fishdip_ds.data.loader import Collate, batch_of
 from fishdip_ds.errors import ConfigError, FishdipError
 from fishdip_ds.modes import in_mode
-from fishdip_ds.selection.losses import sample_losses, shifts_labels
+from fishdip_ds.selection.losses import loss_of, losses_of, sample_losses, shifts_labels
 from fishdip_ds.selection.mask import Mask
 from fishdip_ds.selection.rng import mix, own_stream, uniform_at
 from fishdip_ds.zero3.gradients import GradientTap, SquareAccumulator
@@ -186,18 +186,20 @@ class Selector:
     def _batch_losses(self, ids: list[int], kind: str) -> torch.Tensor:
         batch = self.load(ids)
         if self._loss_fn is not None:
-            return self._loss_fn(self.module, batch)
+            return losses_of(self._loss_fn(self.module, batch), batch)
         out = self.module(**batch)
         if self._from_logits:
             return sample_losses(out.logits, batch["labels"], kind, shifts_labels(self.module))
-        return out.loss.reshape(1)
+        return loss_of(out).reshape(1)
 
     def _mean_loss(self, batch: dict) -> torch.Tensor:
-        return self._loss_fn(self.module, batch).sum() if self._loss_fn else self.module(**batch).loss
+        if self._loss_fn is not None:
+            return losses_of(self._loss_fn(self.module, batch), batch).sum()
+        return loss_of(self.module(**batch))
 
     def load(self, ids: list[int]) -> dict:
         """One batch of these samples, on the compute device. Local."""
-        return self._to_device(self._collate([self._dataset[i] for i in ids]))
+        return self._to_device(batch_of(self._collate, [self._dataset[i] for i in ids]))
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:

@@ -152,6 +152,9 @@ def test_other_tokenizers_and_wrong_paths(trained, tmp_path):
     command = [*FLAGS, "--batch_size", "2", "--max_steps", "3", "--output", str(trained / "run")]
     for flags, words in (
             (["--model", str(tmp_path / "model"), "--resume"], "was trained with another tokenizer than"),
+            (["--resume", "--count", "7"], "was trained on other training examples; give the data flags"),
+            (["--resume", "--max_steps", "1"], "is at step 2 and 1 steps are asked for; raise --max_steps"),
+            (["--resume", "--strategy", "random_samples"], 'is of strategy "fish_dip", whose state does not fit'),
             (["--resume", str(tmp_path / "file")], "file is a file; give the folder of a run."),
             (["--output", str(tmp_path / "file")], f"cannot write to {tmp_path / 'file'}: File exists")):
         for message in run(2, _train, [*command, *flags]):

@@ -51,20 +51,24 @@ def write_folder(folder: Path, tensors: dict[str, torch.Tensor], manifest: dict)
                            "Earlier checkpoints are untouched.") from error
 
 
+def latest_tag(load_dir: Path) -> str:
+    """Name of the last complete checkpoint in a folder of them; ``FishdipError`` if there is none."""
+    pointer = load_dir / LATEST
+    wrong = next((p for p in (load_dir, *load_dir.parents) if p.is_file()), None)
+    if wrong is not None:
+        raise FishdipError(f"no checkpoint in {load_dir}: {wrong} is a file; give the folder of a run.")
+    if not pointer.is_file():
+        raise FishdipError(f"no checkpoint in {load_dir}: there is no file {LATEST!r}; give the folder that holds it.")
+    return pointer.read_text(encoding="utf-8").strip()
+
+
 def read_folder(load_dir: Path, tag: str | None) -> tuple[Path, dict]:
     """Find a checkpoint and check it against its manifest; returns (folder, manifest). Local.
 
     Raises:
         FishdipError: if there is none, or a file is missing, truncated or altered.
     """
-    if tag is None:
-        pointer = load_dir / LATEST
-        wrong = next((p for p in (load_dir, *load_dir.parents) if p.is_file()), None)
-        if wrong is not None:
-            raise FishdipError(f"no checkpoint in {load_dir}: {wrong} is a file; give the folder of a run.")
-        if not pointer.is_file():
-            raise FishdipError(f"no checkpoint in {load_dir}: there is no file {LATEST!r}; give the folder that holds it.")
-        tag = pointer.read_text(encoding="utf-8").strip()
+    tag = latest_tag(load_dir) if tag is None else tag
     folder = load_dir / tag
     if not folder.exists() and _replaced(folder).exists():
         folder = _replaced(folder)

@@ -9,6 +9,7 @@ eligible tensors whole.
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ from fishdip_ds.selection.rng import random_state, set_random_state
 
 if TYPE_CHECKING:
     from fishdip_ds.engine import Engine
+
+logger = logging.getLogger("fishdip_ds")
 
 
 def save(engine: Engine, save_dir: Path, tag: str | None, client_state: dict, *, wait: bool = True,
@@ -84,6 +87,7 @@ def load(engine: Engine, load_dir: Path, tag: str | None) -> tuple[Path, dict]:
         error = caught
     engine.comm.raise_together(error)
     folder, manifest = found
+    _tell_changes(engine, folder, manifest)
     with safe_open(folder / STATE, framework="pt") as file:
         _restore_run(engine, file, manifest)
         (_restore_dense if manifest.get("dense", False) else _restore)(engine, file, manifest)
@@ -142,11 +146,20 @@ def _check(engine: Engine, folder: Path, manifest: dict) -> None:
                                "pretrained model in the same dtype.")
     theirs, own = manifest["strategy"], engine.run.fishdip.strategy
     strategy, dense = engine.strategy, manifest.get("dense", False)
-    if dense != strategy.dense or (theirs != own and (strategy.dense or strategy.bilevel)):
+    if dense != strategy.dense or theirs != own:
         raise FishdipError(f'{folder} is of strategy "{theirs}", whose state does not fit "{own}"; go on with the same.')
     kind = type(engine.optimizer).__name__
     if manifest["optimizer"] != kind:
         raise FishdipError(f'{folder} holds {manifest["optimizer"]} state, but "optimizer.type" is {kind}; use the same.')
+
+
+def _tell_changes(engine: Engine, folder: Path, manifest: dict) -> None:
+    """Say which settings of the method differ from the checkpoint's: they hold from now on, a mask's from the next one on."""
+    was, now = manifest["config"].get("fishdip", {}), engine.run.ds["fishdip"]
+    changed = [f"{key} {was[key]} -> {now[key]}" for key in now if key in was and was[key] != now[key]]
+    if changed and engine.comm.rank == 0:
+        logger.warning(f"{folder} was made with other settings: {', '.join(changed)}; the mask that is there stays until the "
+                       "next is chosen.")
 
 
 def _restore(engine: Engine, file, manifest: dict) -> None:

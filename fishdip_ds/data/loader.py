@@ -18,6 +18,15 @@ FILLER = -1
 """Sample id of rows that only keep ranks in step; a batch of fillers has weight zero."""
 
 
+def batch_of(collate_fn: Collate, items: list) -> dict:
+    """The collated batch; ``DataError`` if that is no dict, which a model's ``forward(**batch)`` needs."""
+    batch = collate_fn(items)
+    if not hasattr(batch, "keys"):
+        raise DataError(f"collate_fn gave a {type(batch).__name__}; let it return a dict of tensors, the keywords of the "
+                        "model's forward.")
+    return batch
+
+
 class StepLoader:
     """Iterate over a map-style dataset once per epoch, in an order fixed by (seed, epoch).
 
@@ -136,7 +145,7 @@ class _Batches(Dataset):
 
     def make(self, place: _Place) -> dict[str, torch.Tensor]:
         """The batch of a place, with its ``sample_ids``."""
-        batch = dict(self.collate_fn([self.dataset[i] for i in place.ids or [place.fallback]]))
+        batch = dict(batch_of(self.collate_fn, [self.dataset[i] for i in place.ids or [place.fallback]]))
         batch["sample_ids"] = torch.tensor(place.ids or [FILLER])
         return batch
 

@@ -58,6 +58,24 @@ def sample_losses(logits: torch.Tensor, labels: torch.Tensor, kind: str, shift: 
     return total / (labels != IGNORE).sum(1).clamp(min=1).to(total.device)
 
 
+def loss_of(out: object) -> torch.Tensor:
+    """The ``.loss`` of a model's output; ``ConfigError`` if it has none."""
+    loss = getattr(out, "loss", None)
+    if not isinstance(loss, torch.Tensor):
+        raise ConfigError(f"the model's forward gave a {type(out).__name__} without a loss; let it return an object with "
+                          ".loss, or pass loss_fn=(model, batch) -> losses [batch] to fishdip_ds.initialize.")
+    return loss
+
+
+def losses_of(losses: object, batch: dict) -> torch.Tensor:
+    """What a ``loss_fn`` gave, [B]; ``ConfigError`` if that is not one loss for each row of the batch."""
+    rows = next((v.shape[0] for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), None)
+    if not isinstance(losses, torch.Tensor) or losses.dim() != 1 or (rows is not None and losses.numel() != rows):
+        what = f"shape {list(losses.shape)}" if isinstance(losses, torch.Tensor) else f"a {type(losses).__name__}"
+        raise ConfigError(f"loss_fn gave {what} for a batch of {rows} rows; return one for each, [batch], not their mean.")
+    return losses
+
+
 def row_losses(out: object, batch: dict, kind: str, shift: bool) -> torch.Tensor:
     """Losses of the samples of a training micro-batch, from what its forward pass gave: fp32 [B], local, no gradient.
 

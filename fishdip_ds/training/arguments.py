@@ -50,6 +50,7 @@ def parse(argv: list[str] | None = None, parser: argparse.ArgumentParser | None 
     if args.keep_best and not args.eval_interval:
         raise ConfigError("--keep_best needs dev scores during training; give --eval_interval.")
     ds = read_json(args.ds_config)
+    args.output_is_default = args.output is None
     if args.output is None:
         tasks = sorted(set(args.task))
         task = tasks[0] if len(tasks) == 1 else "multi"
@@ -131,7 +132,8 @@ def build_parser() -> argparse.ArgumentParser:
                       "(default 5)")
     what.add_argument("--temperature", type=float, default=1.0, help="several data sets: mix by size (1, default) or more "
                       "evenly (larger)")
-    what.add_argument("--output", type=Path, help="folder of the run (default runs/TASK-STRATEGY)")
+    what.add_argument("--output", type=Path, help="folder of the run; one that holds a run already is refused without "
+                      "--resume (default runs/TASK-STRATEGY, with -2, -3, ... after it where that holds a run)")
 
     train = parser.add_argument_group("training")
     train.add_argument("--max_steps", type=int, default=0, help="optimizer steps (default: from --epochs)")

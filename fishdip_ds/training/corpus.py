@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,3 +164,12 @@ def write_splits(folder: Path, corpora: Sequence[Corpus]) -> None:
     for corpus in corpora:
         for split, data in corpus.data.items():
             write_jsonl(folder / (corpus.name if len(corpora) > 1 else "") / f"{split}.jsonl", corpus.task.name, data.examples)
+
+
+def samples_fingerprint(corpora: Sequence[Corpus]) -> str:
+    """SHA-256 of the training examples, as text, in their order."""
+    digest = hashlib.sha256()
+    for corpus in corpora:
+        for example in corpus.data["train"].examples:
+            digest.update(f"{corpus.name}\0{corpus.task.input_text(example)}\0{corpus.task.target_text(example)}\0".encode())
+    return digest.hexdigest()

@@ -6,6 +6,7 @@ import argparse
 import atexit
 import copy
 import json
+import logging
 import os
 import signal
 import sys
@@ -57,10 +58,13 @@ def main(command: Callable[..., None] = train, *args: object) -> None:
 
 def run(job: Job, comm: Comm) -> None:
     """One run, or one for each of ``--seeds`` and their mean and deviation. **Collective.**"""
+    from fishdip_ds.training.output import settle_output
     from fishdip_ds.training.report import seeds_table
     from fishdip_ds.training.trainer import Trainer
 
-    seeds, output = job.args.seeds, job.args.output
+    output = settle_output(job.args, comm)
+    job = replace(job, args=argparse.Namespace(**{**vars(job.args), "output": output}))
+    seeds = job.args.seeds
     if not seeds:
         trainer = Trainer(job, comm)
         stop_on_signals(trainer.engine)
@@ -84,6 +88,7 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a kernel that nothing here uses
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
 

@@ -117,6 +117,7 @@ def _from_hub(load, source: str | Path, **options: object):
     try:
         return load(source, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
-        raise ConfigError(f"cannot load {source}: {reason} Give the folder of a transformers model, or a hub name "
+        reason = str(error).split("\n")[0].strip().rstrip(".:")
+        where = "" if Path(source).is_dir() else "there is no such folder here, and as a hub name: "
+        raise ConfigError(f"cannot load {source}: {where}{reason}. Give the folder of a transformers model, or a hub name "
                           "on a machine that reaches the hub.") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from fishdip_ds.ds_config import resolve
 from fishdip_ds.errors import ConfigError, FishdipError, Stopped
 from fishdip_ds.selector import SelectionReport
 from fishdip_ds.training.arguments import Job, decoding, fills
-from fishdip_ds.training.corpus import SPLITS, Corpus, Mixture, load_corpora, write_splits
+from fishdip_ds.training.corpus import SPLITS, Corpus, Mixture, load_corpora, samples_fingerprint, write_splits
 from fishdip_ds.training.evaluation import evaluate
 from fishdip_ds.training.heads import collator_for, head_for
 from fishdip_ds.training.models import load_config, load_model, load_tokenizer, tokenizer_fingerprint
@@ -53,6 +54,7 @@ class Trainer:
             corpus.tokenise(self.tokenizer, self.args, causal=self.causal, prefixed=len(self.corpora) > 1, head=head)
             for remark in corpus.remarks(self.args):
                 self.say(remark)
+        self.samples = samples_fingerprint(self.corpora)
         self.train_data = self._training_data()
         self.collator = collator_for(model, self.tokenizer) if head else self._collator()
         self._warn_of_memory(model)
@@ -122,17 +124,24 @@ class Trainer:
         if state.get("tokenizer", self.tokens) != self.tokens:
             raise FishdipError(f"{folder} was trained with another tokenizer than that of "
                                f"{self.args.model or 'the embedded T5'}; put back the tokenizer files it was trained with.")
+        if state.get("samples", self.samples) != self.samples:
+            raise FishdipError(f"{folder} was trained on other training examples; give the data flags that it was started "
+                               "with, or start anew with another --output.")
+        if self.engine.global_steps > self.max_steps:
+            raise FishdipError(f"{folder} is at step {self.engine.global_steps} and {self.max_steps} steps are asked for; "
+                               "raise --max_steps or --epochs, or start anew with another --output.")
         self.results["before"], self.best = state.get("before", {}), state.get("best", {})
         self.say(f"resumed {folder} at step {self.engine.global_steps}")
-        if self.engine.global_steps >= self.max_steps:
+        if self.engine.global_steps == self.max_steps:
             self.say(f"step {self.engine.global_steps} of {self.max_steps} is done already; "
                      "raise --max_steps or --epochs to go on")
 
     def _loop(self) -> None:
         engine = self.engine.train()
         trace = StepTrace(self.args.profile if self.comm.rank == 0 else 0, self.output)
+        often_s = 0.1 if sys.stderr.isatty() else 30  # a log file needs few of its lines
         self.bar = tqdm(total=self.max_steps, initial=engine.global_steps, disable=self.comm.rank != 0, unit="step",
-                        dynamic_ncols=True)
+                        dynamic_ncols=True, mininterval=often_s)
         while engine.global_steps < self.max_steps:
             batches = []
             for batch in self.loader:
@@ -157,7 +166,7 @@ class Trainer:
         step, last = self.engine.global_steps, self.engine.last
         due = self.engine.next_refresh()
         self.bar.set_postfix_str(f"loss {last.loss:.3f}, lr {last.lr:.1e}, {last.samples_per_s:.0f} samples/s"
-                                 + (f", next refresh at {due}" if due is not None else ""))
+                                 + (f", next refresh at {due}" if due is not None else ""), refresh=False)
         self.bar.update()
         done = step >= self.max_steps
         failed = self.engine.writer.failure()  # rank 0's, at once; the other ranks hear of it with the next save
@@ -213,7 +222,8 @@ class Trainer:
         best = [self.best["tag"], *self.best.get("earlier", [])] if self.best else []
         folder = self.engine.save_checkpoint(
             self.output / "checkpoints", wait=wait, committed=lambda folder: prune(folder.parent, self.args.keep_last, best),
-            client_state={"before": self.results["before"], "best": self.best, "tokenizer": self.tokens})
+            client_state={"before": self.results["before"], "best": self.best, "tokenizer": self.tokens,
+                          "samples": self.samples})
         self.say(f"saved {folder}" if wait else f"saving {folder}; training waited {self.engine.save_wait_ms:.0f} ms")
         return folder
 

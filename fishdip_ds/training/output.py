@@ -1,0 +1,54 @@
+"""Where a run writes: never over another run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fishdip_ds.checkpoint.files import MANIFEST, latest_tag
+from fishdip_ds.distributed import Comm
+from fishdip_ds.errors import FishdipError
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run, or one of several seeds, has left scores or a checkpoint in ``folder``."""
+    return any(next(folder.glob(pattern), None) is not None
+               for seeds in ("", "seed-*/") for pattern in (f"{seeds}results.json", f"{seeds}checkpoints/*/{MANIFEST}"))
+
+
+def settle_output(args: argparse.Namespace, comm: Comm) -> Path:
+    """Folder of the run, as rank 0 sees the disk: ``--output``, or by default the first of runs/NAME, runs/NAME-2, ... that
+    holds no run; with ``--resume`` the last one that does. **Collective.**
+
+    Raises:
+        FishdipError: on all ranks, if ``--output`` holds a run and ``--resume`` is not given, or nothing can be resumed.
+    """
+    folder, error = args.output, None
+    if comm.rank == 0:
+        try:
+            folder = _settle(args)
+        except FishdipError as caught:
+            error = caught
+    comm.raise_together(error)
+    return comm.gather_objects(folder)[0]
+
+
+def _settle(args: argparse.Namespace) -> Path:
+    folder: Path = args.output
+    if args.output_is_default:
+        used = [f for f in (folder, *sorted(folder.parent.glob(f"{folder.name}-[0-9]*"), key=_number)) if holds_run(f)]
+        if args.resume is not None:
+            folder = used[-1] if used else folder
+        elif used:
+            folder = folder.with_name(f"{folder.name}-{1 + max(_number(f) for f in used)}")
+    elif args.resume is None and holds_run(folder):
+        raise FishdipError(f"{folder} holds a run already; add --resume to go on with it, or give another --output.")
+    if args.resume not in (None, "auto") and not args.seeds:
+        latest_tag(Path(args.resume or folder) / "checkpoints")  # or fail before anything is written
+    return folder
+
+
+def _number(folder: Path) -> int:
+    """2 of runs/NAME-2; 1 of runs/NAME."""
+    last = folder.name.rpartition("-")[2]
+    return int(last) if last.isdigit() else 1

@@ -1,0 +1,62 @@
+"""A run never writes over another."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fishdip_ds.errors import FishdipError
+from fishdip_ds.training.output import settle_output
+
+
+def _raise(error: FishdipError | None) -> None:
+    if error is not None:
+        raise error
+
+
+ALONE = SimpleNamespace(rank=0, raise_together=_raise, gather_objects=lambda value: [value])
+
+
+def _settled(folder: Path, *, default: bool = True, resume: str | None = None, seeds: tuple[int, ...] = ()) -> str:
+    args = Namespace(output=folder, output_is_default=default, resume=resume, seeds=seeds)
+    return settle_output(args, ALONE).name
+
+
+def _leave(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("step-1")
+
+
+CHECKPOINT = ("checkpoints/step-1/manifest.json", "checkpoints/latest")
+
+
+def test_the_default_folder_moves_on(tmp_path):
+    run = tmp_path / "ner-fish_dip"
+    assert _settled(run) == "ner-fish_dip"
+    _leave(run, "config.json")  # of a run that left nothing to lose
+    assert _settled(run) == "ner-fish_dip" == _settled(run, resume="auto")
+    _leave(run, *CHECKPOINT)
+    assert _settled(run) == "ner-fish_dip-2"
+    assert _settled(run, resume="") == "ner-fish_dip" == _settled(run, resume="auto")
+    _leave(tmp_path / "ner-fish_dip-10", "seed-3/results.json")
+    _leave(tmp_path / "ner-fish_dip-fast", "results.json")  # named by somebody
+    assert _settled(run) == "ner-fish_dip-11" and _settled(run, resume="auto") == "ner-fish_dip-10"
+
+
+def test_a_named_folder_is_not_written_over(tmp_path):
+    assert _settled(tmp_path / "new", default=False) == "new"
+    _leave(tmp_path / "old", *CHECKPOINT)
+    assert _settled(tmp_path / "old", default=False, resume="") == "old"
+    with pytest.raises(FishdipError, match="old holds a run already; add --resume to go on with it, or give another"):
+        _settled(tmp_path / "old", default=False)
+
+
+def test_nothing_to_resume_is_told_before_anything_is_written(tmp_path):
+    with pytest.raises(FishdipError, match=r"no checkpoint in .*never/checkpoints"):
+        _settled(tmp_path / "never", default=False, resume="")
+    assert not (tmp_path / "never").exists()
+    assert _settled(tmp_path / "never", default=False, resume="auto") == "never"
