@@ -176,7 +176,9 @@ def test_merged_folder_is_sharded_and_what_load_delta_gives(deltas, tmp_path):
 
 
 _MERGE = """
+import ctypes
 import sys
+ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed goes back at once
 from pathlib import Path
 import safetensors.torch
 from fishdip_ds.checkpoint.delta import Delta

@@ -47,13 +47,14 @@ def _engine(kind: str, **fishdip):
     return fishdip_ds.initialize(model, ds_config(density=0.05, worst_samples=3, **fishdip), data, stack)[0]
 
 
-def _scores_alive() -> int:
-    """Bytes of fp32 vectors longer than a few kB that the process holds, as the allocator's users hold them."""
+def _scores_alive(gradients: set[int]) -> int:
+    """Bytes of fp32 vectors that the process holds, but for whole ``gradients`` (their bytes) on their way to owners."""
     import gc
 
     seen = {}
     for o in gc.get_objects():
-        if isinstance(o, torch.Tensor) and o.dtype == torch.float32 and o.dim() == 1 and not o.requires_grad and o.numel() > 1:
+        if (isinstance(o, torch.Tensor) and o.dtype == torch.float32 and o.dim() == 1 and not o.requires_grad
+                and o.numel() > 1 and o.untyped_storage().nbytes() not in gradients):
             seen[o.untyped_storage().data_ptr()] = o.untyped_storage().nbytes()
     return sum(seen.values())
 
@@ -62,12 +63,16 @@ def _select(kind: str, share: float, scope: str) -> dict:
     """The mask under a bound of ``share`` of the scores' size; 0: unbounded."""
     engine = _engine(kind, scope=scope)
     size = 4 * sum(engine.layout.piece_numel(t) for t in engine.layout.eligible)
-    before, peak = _scores_alive(), 0
+    # On one rank a shard's scores are as long as a gradient: there all vectors count.
+    world = engine.comm.world
+    gradients = {4 * n for t in engine.layout.tensors for n in (t.numel, world * engine.layout.piece_numel(t))
+                 if world > 1}
+    before, peak = _scores_alive(gradients), 0
 
     def look(_: torch.Tensor) -> None:
         """Measure."""
         nonlocal peak
-        peak = max(peak, _scores_alive() - before)
+        peak = max(peak, _scores_alive(gradients) - before)
 
     if kind == "ties":  # a look at all that the process holds takes long
         engine.layout.tensors[0].param.register_post_accumulate_grad_hook(look)
