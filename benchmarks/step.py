@@ -97,7 +97,6 @@ class Worker:
             self._step(short)
         self._step(self.batches[0])
         self.memory.take()
-        self.at = 0
 
     def _select(self) -> None:
         """Masks of every density from one selection's scores."""
@@ -114,12 +113,11 @@ class Worker:
         self.engine.step()
         return time.perf_counter() - wall, time.process_time() - cpu
 
-    def step(self, density: float | None = None) -> dict:
-        """One step; of the mask of that density."""
+    def step(self, turn: int, density: float | None = None) -> dict:
+        """One step on the batch of that turn, the same for all; of the mask of that density."""
         if density is not None and self.engine.mask is not self.masks[density]:
             self.engine.set_mask(self.masks[density])
-        batch = self.batches[self.at % len(self.batches)]
-        self.at += 1
+        batch = self.batches[turn % len(self.batches)]
         self.memory.take()
         wall, cpu = self._step(dict(batch))
         return {"seconds": wall, "cpu_seconds": cpu, "peak_gib": self.memory.take() - self.loaded}
@@ -238,10 +236,10 @@ def main() -> None:
         return
     methods = {name: Method(name, args) for name in ["fish_dip", *args.peers]}
     facts, turns = {name: m.facts for name, m in methods.items()}, []
-    for _ in range(args.turns):
-        turn = {peer: methods[peer].step() for peer in args.peers}
+    for number in range(args.turns):
+        turn = {peer: methods[peer].step(turn=number) for peer in args.peers}
         for density in args.density:
-            turn[f"fish_dip {density}"] = methods["fish_dip"].step(density=density)
+            turn[f"fish_dip {density}"] = methods["fish_dip"].step(turn=number, density=density)
         turns.append(turn)
     for method in methods.values():
         method.process.stdin.close()

@@ -18,7 +18,7 @@ import pytest
 from fishdip_ds.checkpoint.files import LATEST, MANIFEST, prune, read_folder, write_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-KILLS = int(os.environ.get("FISHDIP_KILLS", "5"))
+KILLS = int(os.environ.get("FISHDIP_KILLS", "3"))
 """Each costs a start of two ranks; ``FISHDIP_KILLS=20 pytest tests/test_crash.py -k kills`` takes its time."""
 
 
