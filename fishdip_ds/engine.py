@@ -130,9 +130,8 @@ class Engine(ModelVerbs):
         else:
             with self._masked.training() if training else nullcontext(), self._targets.only(labels, set(batch)):
                 out = self.module(**batch)
-            if training:
-                loss_of(out)
         if training:
+            loss_of(out)
             filler = ids is not None and bool((ids == FILLER).all())
             self._weight = 0.0 if filler else weight
             if self.strategy.wants_losses and ids is not None:

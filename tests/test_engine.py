@@ -10,6 +10,7 @@ from models import TextPairs, collate, ds_config, tiny_t5
 from ranks import run
 from torch import nn
 
+from fishdip_ds.errors import ConfigError, DataError
 from fishdip_ds.selection.losses import reference_worst_count
 
 
@@ -328,3 +329,28 @@ def test_a_sample_with_nan_loss_is_named(world):
 @pytest.mark.parametrize(("samples", "n"), [(9, 3), (92, 3), (140, 3), (1404, 4), (5992, 18), (44800, 25), (3, 2)])
 def test_reference_worst_count(samples, n):
     assert reference_worst_count(samples, 32) == n
+
+
+def _mistakes() -> list[str]:
+    words = []
+    for make in (lambda: _start(_NoLoss().train(), Points(), collate_fn=_stack),
+                 lambda: _start(TwoBranches().train(), Points(), collate_fn=_stack, loss_fn=lambda m, b: m(**b).loss.mean()),
+                 lambda: _start(TwoBranches().train(), Points(), collate_fn=lambda items: tuple(items))):
+        with pytest.raises((ConfigError, DataError)) as caught:
+            _train(make(), 1)
+        words.append(str(caught.value))
+    return words
+
+
+class _NoLoss(TwoBranches):
+    """Gives its loss as a tensor."""
+
+    def forward(self, **batch):
+        return super().forward(**batch).loss
+
+
+def test_outputs_and_batches_of_another_form_are_named():
+    no_loss, mean, no_dict = run(1, _mistakes)[0]
+    assert "the model's forward gave a Tensor without a loss; let it return an object with .loss" in no_loss
+    assert "loss_fn gave shape [] for a batch of" in mean and "not their mean" in mean
+    assert "collate_fn gave a tuple; let it return a dict of tensors" in no_dict
