@@ -150,8 +150,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--bf16", action="store_true", help="weights and activations in bfloat16")
     train.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     train.add_argument("--resume", nargs="?", const="", metavar="FOLDER",
-                       help="go on from the last checkpoint of FOLDER (default: of --output); auto: of --output if there is "
-                       "one, else start, so that one command line serves a queue that preempts")
+                       help="go on from the last checkpoint of FOLDER (default: of --output, which is else FOLDER); auto: of "
+                       "--output if there is one, else start, so that one command line serves a queue that preempts")
     train.add_argument("--data_workers", type=int, default=0, help="processes per rank that make batches ahead (default 0: "
                        "none); results are the same")
     train.add_argument("--keep_last", type=int, default=3, help="checkpoints to keep (default 3)")

@@ -18,10 +18,10 @@ def holds_run(folder: Path) -> bool:
 
 def settle_output(args: argparse.Namespace, comm: Comm) -> Path:
     """Folder of the run, as rank 0 sees the disk: ``--output``, or by default the first of runs/NAME, runs/NAME-2, ... that
-    holds no run; with ``--resume`` the last one that does. **Collective.**
+    holds no run; with ``--resume`` the last one that does, with ``--resume FOLDER`` that one. **Collective.**
 
     Raises:
-        FishdipError: on all ranks, if ``--output`` holds a run and ``--resume`` is not given, or nothing can be resumed.
+        FishdipError: on all ranks, if ``--output`` holds a run that is not the one to go on with, or nothing can be resumed.
     """
     folder, error = args.output, None
     if comm.rank == 0:
@@ -35,13 +35,16 @@ def settle_output(args: argparse.Namespace, comm: Comm) -> Path:
 
 def _settle(args: argparse.Namespace) -> Path:
     folder: Path = args.output
-    if args.output_is_default:
+    named = args.resume not in (None, "", "auto")
+    if args.output_is_default and named:
+        folder = Path(args.resume)
+    elif args.output_is_default:
         used = [f for f in (folder, *sorted(folder.parent.glob(f"{folder.name}-[0-9]*"), key=_number)) if holds_run(f)]
         if args.resume is not None:
             folder = used[-1] if used else folder
         elif used:
             folder = folder.with_name(f"{folder.name}-{1 + max(_number(f) for f in used)}")
-    elif args.resume is None and holds_run(folder):
+    elif (args.resume is None or (named and Path(args.resume).resolve() != folder.resolve())) and holds_run(folder):
         raise FishdipError(f"{folder} holds a run already; add --resume to go on with it, or give another --output.")
     if args.resume not in (None, "auto") and not args.seeds:
         latest_tag(Path(args.resume or folder) / "checkpoints")  # or fail before anything is written

@@ -55,6 +55,16 @@ def test_a_named_folder_is_not_written_over(tmp_path):
         _settled(tmp_path / "old", default=False)
 
 
+def test_a_run_named_to_go_on_with_is_the_only_one_written_to(tmp_path):
+    _leave(tmp_path / "ner-fish_dip", *CHECKPOINT)
+    _leave(tmp_path / "other", *CHECKPOINT)
+    other = str(tmp_path / "other")
+    assert _settled(tmp_path / "ner-fish_dip", resume=other) == "other" == _settled(Path(other), default=False, resume=other)
+    assert _settled(tmp_path / "new", default=False, resume=other) == "new"
+    with pytest.raises(FishdipError, match="ner-fish_dip holds a run already"):
+        _settled(tmp_path / "ner-fish_dip", default=False, resume=other)
+
+
 def test_nothing_to_resume_is_told_before_anything_is_written(tmp_path):
     with pytest.raises(FishdipError, match=r"no checkpoint in .*never/checkpoints"):
         _settled(tmp_path / "never", default=False, resume="")
