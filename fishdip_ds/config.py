@@ -14,7 +14,7 @@ SPECIFIC = frozenset({
     "select_mode_first", "select_mode_refresh", "worst_count_unit", "active_layers", "drop_rate", "layers", "fisher",
     "decay_frozen", "update_ratio", "masked_update", "search_share", "mixup_folds", "mixup_final_share", "mixup_lr",
     "mixup_radius", "mixup_form", "mixup_legacy", "lora_r", "lora_alpha", "prefix_tokens", "shira_r", "match_density",
-    "score_memory_gib", "loss_scan"})
+    "score_memory_gib", "loss_scan", "base_quantization"})
 """Settings that belong to some methods only; each method lists its own."""
 
 
@@ -59,6 +59,9 @@ class FishdipConfig:
     score_memory_gib: float = 0.0
     """Most GiB of Fisher scores on a rank at a time; what needs more is scored in groups of weights, by passes of their
     own, and the mask is the same. 0: no bound."""
+    base_quantization: str = "none"
+    """Keep the linear layers' weights in 8bit or 4bit (bitsandbytes), those that were ever trained in their own dtype beside
+    them; see docs/scaling.md."""
     pad_as_target: bool = False
     """Reference quirk: pad every target to the limit and count pads as labels (task data only)."""
     active_layers: int = 2
@@ -109,6 +112,7 @@ class FishdipConfig:
         _one_of("sample_loss", self.sample_loss, ("token_mean", "sum", "padded_mean"))
         for name, allowed in (("worst_count_unit", ("samples", "batches")), ("scope", ("model", "tensor")),
                               ("masked_gradients", ("on", "off")), ("loss_scan", ("scan", "running")),
+                              ("base_quantization", ("none", "8bit", "4bit")),
                               ("fisher", ("sample", "global")), ("masked_update", ("frozen", "momentum")),
                               ("mixup_form", ("rank1", "convex"))):
             _one_of(name, getattr(self, name), allowed)

@@ -58,7 +58,7 @@ class Engine(ModelVerbs):
                  training_data: Sequence | None = None, collate_fn: Collate | None = None,
                  loss_fn: LossFn | None = None, total_steps: int | None = None) -> None:
         self.run, self.comm, self.optimizer = run, comm, optimizer
-        self.deepspeed = partition(model, run.ds)
+        self.deepspeed = partition(model, run.ds, run.fishdip.base_quantization)
         self.module: nn.Module = self.deepspeed.module
         self.layout = ShardLayout(self.module, comm, run.fishdip.eligible)
         self.base_fingerprints = self.layout.fingerprints()
@@ -88,7 +88,7 @@ class Engine(ModelVerbs):
         self.ever: list[torch.Tensor] = [
             torch.zeros(0, dtype=torch.int64, device=self.layout.device()) for _ in self.layout.tensors]
         """Per tensor: sorted positions in the owned shard that were ever trained: int64, local."""
-        self.base: list[torch.Tensor] = [t.owned().new_zeros(0) for t in self.layout.tensors]
+        self.base: list[torch.Tensor] = [t.param.ds_tensor.new_zeros(0) for t in self.layout.tensors]
         """Per tensor: the base model's values at ``ever``, in the weight's dtype: what ``rewind`` puts back."""
         self._random_start = random_state()
         self._new_schedule: Callable[[], object] = lambda: None
@@ -292,11 +292,7 @@ class Engine(ModelVerbs):
     @torch.no_grad()
     def rewind_weights(self) -> None:
         """Put every weight back to the base model's value, bitwise, and drop the optimizer state. **Collective.**"""
-        for t, at, values in zip(self.layout.tensors, self.ever, self.base, strict=True):
-            if at.numel():
-                shard = t.owned()
-                shard.index_copy_(0, at.to(shard.device), values)
-        self.layout.publish(self.layout.tensors)
+        self.layout.restore(self.ever, self.base)
         self.ever = [at[:0] for at in self.ever]
         self.base = [values[:0] for values in self.base]
         self.optimizer.forget()
@@ -350,8 +346,7 @@ class Engine(ModelVerbs):
     def _adopt(self, mask: Mask, step: int) -> None:
         entries = OwnedEntries.of(mask, [(t.start, t.stop) for t in self.layout.tensors])
         self.optimizer.move_to(entries, [
-            t.owned().index_select(0, at.to(t.owned().device))
-            for t, at in zip(self.layout.tensors, entries.local, strict=True)])
+            t.read(at) for t, at in zip(self.layout.tensors, entries.local, strict=True)])
         self._use(mask, entries, step)
         self.remember(entries.local)
 
@@ -365,7 +360,7 @@ class Engine(ModelVerbs):
             every = union_sorted(was, now)
             if every.numel() == was.numel():
                 continue
-            values = t.owned().index_select(0, every.to(t.owned().device))
+            values = t.read(every)
             values[torch.searchsorted(every, was).to(values.device)] = self.base[i]
             self.ever[i], self.base[i] = every, values
 
@@ -393,8 +388,4 @@ class Engine(ModelVerbs):
     def _write_back(self, flat: torch.Tensor | None = None) -> None:
         """Put the masters (or ``flat``, in their place) into the weight shards, rounded, and into full copies in use."""
         values = self._entries.split(self.optimizer.master if flat is None else flat)
-        for t, at, new in zip(self.layout.tensors, self._entries.local, values, strict=True):
-            if at.numel():
-                shard = t.owned()
-                shard.index_copy_(0, at.to(shard.device), new.to(shard.device, shard.dtype))
-        self.layout.publish([t for t, (lo, hi) in zip(self.layout.tensors, self._mask.segments, strict=True) if hi > lo])
+        self.layout.write(self._entries.local, values, self._mask.by_tensor)

@@ -14,11 +14,14 @@ from fishdip_ds.checkpoint.files import STATE, read_folder
 from fishdip_ds.checkpoint.rules import check_rule, merge
 from fishdip_ds.errors import FishdipError
 from fishdip_ds.fingerprint import fingerprint
+from fishdip_ds.zero3.packed import round_trip
 
 
 @torch.no_grad()
 def apply_checkpoint(model: nn.Module, load_dir: Path, tag: str | None = None) -> Path:
     """Write the ever-trained values of a checkpoint into ``model`` in place; returns the checkpoint's folder. Local.
+
+    Weights of a base that was trained on in 4 or 8 bits become what that rounds them to, in their own dtype.
 
     Args:
         model: unsharded, with the base weights and dtypes that the run started from.
@@ -31,6 +34,9 @@ def apply_checkpoint(model: nn.Module, load_dir: Path, tag: str | None = None) -
     folder, manifest = read_folder(load_dir, tag)
     params = dict(model.named_parameters())
     _check(str(folder), manifest["tensors"], params, fingerprints=True)
+    for name, facts in manifest["tensors"].items():
+        if "packed" in facts:
+            params[name].data = round_trip(params[name].data, facts["packed"])
     with safe_open(folder / STATE, framework="pt") as file:
         dense = manifest.get("dense", False)  # then every weight is there
         for key in file.keys():  # noqa: SIM118  safe_open is no mapping
@@ -64,7 +70,8 @@ def load_delta(model: nn.Module, *deltas: str | Path | Delta, rule: str = "refus
     """Put deltas onto a plain model in place; returns the handle that reverts. Local.
 
     Args:
-        model: unsharded, with the base weights that the deltas were trained from.
+        model: unsharded, with the base weights that the deltas were trained from. A delta that was trained on a base in 4
+            or 8 bits goes onto the unrounded base: it changes no other entry, so scores differ a little from training's.
         deltas: folders, or deltas that are read already (switching between those takes milliseconds).
         rule: what happens where several change one entry; see ``fishdip_ds.checkpoint.rules``.
         weights: for the rule of that name, the factor of each delta's differences.

@@ -15,6 +15,7 @@ from fishdip_ds.checkpoint.base_files import INDEX, BaseFiles
 from fishdip_ds.checkpoint.delta import Delta
 from fishdip_ds.checkpoint.rules import check_rule, merge
 from fishdip_ds.errors import ConfigError, FishdipError
+from fishdip_ds.zero3.packed import round_trip
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ckpt", ".onnx", ".gguf")
 """Files of a model folder that hold weights: those of the base must not stand beside the merged ones."""
@@ -25,6 +26,8 @@ def write_merged(base: Path, deltas: Sequence[Delta], out: Path, *, max_shard_si
     """Write the safetensors folder ``base`` to ``out`` with the deltas' entries changed. Local.
 
     Memory: one shard at a time, of which only changed tensors are copied; the others stay mapped from the base's files.
+    Weights that were trained on in 4 or 8 bits are written as what that rounds them to, so that the folder is the model that
+    was trained.
 
     Args:
         max_shard_size: bytes of tensors in a file, or text such as ``"500MB"``; one tensor is never cut.
@@ -68,7 +71,16 @@ def write_merged(base: Path, deltas: Sequence[Delta], out: Path, *, max_shard_si
 
 def _changed(files: BaseFiles, key: str, deltas: Sequence[Delta], rule: str, factors: Sequence[float]) -> torch.Tensor:
     stored, name = files.read(key), files.name_of(key)
-    if name is None or not any(name in d.entries for d in deltas):
+    if name is None:
+        return stored
+    kinds = {d.facts["tensors"][name].get("packed") for d in deltas}
+    if len(kinds) > 1:
+        raise ConfigError(f"of deltas {', '.join(d.name for d in deltas)} some were trained on a base in 4 or 8 bits and some "
+                          "were not; merge only deltas of one kind.")
+    kind = kinds.pop()
+    if kind is not None:
+        stored = round_trip(stored.to(getattr(torch, files.facts[name]["dtype"])), kind).to(stored.dtype)
+    if not any(name in d.entries for d in deltas):
         return stored
     flat = stored.reshape(-1)
     at, values = merge(name, deltas, flat.to(getattr(torch, files.facts[name]["dtype"])), rule, factors)

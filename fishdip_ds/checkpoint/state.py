@@ -50,7 +50,8 @@ def save(engine: Engine, save_dir: Path, tag: str | None, client_state: dict, *,
         "strategy": engine.run.fishdip.strategy, "optimizer": type(engine.optimizer).__name__,
         "entry_state": [name for name, _ in engine.optimizer.ENTRY_STATE],
         "tensors": {t.name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch."),
-                             "base": engine.base_fingerprints[t.name]} for t in engine.layout.tensors},
+                             "base": engine.base_fingerprints[t.name],
+                             **({"packed": t.packed.kind} if t.packed is not None else {})} for t in engine.layout.tensors},
         "lr": [group["lr"] for group in engine.optimizer.param_groups], "stops_early": engine._masked.learned,
         "scheduler": _scheduler_state(engine.lr_scheduler),
         "loader": engine.loader.state_dict() if engine.loader is not None else None,
@@ -101,7 +102,7 @@ def _gather(engine: Engine) -> dict[str, torch.Tensor]:
     for t in layout.tensors:
         rows = {f"mask/{t.name}": engine._entries.local[t.index] + t.start,
                 f"ever/{t.name}": engine.ever[t.index] + t.start,
-                f"value/{t.name}": t.owned()[engine.ever[t.index].to(t.owned().device)].to(layout.device()),
+                f"value/{t.name}": t.read(engine.ever[t.index]).to(layout.device()),
                 **{f"{name}/{t.name}": parts[t.index] for name, parts in owned.items()}}
         sizes = comm.all_gather(torch.tensor([rows[f"mask/{t.name}"].numel(), rows[f"ever/{t.name}"].numel()],
                                              device=layout.device()), tag="checkpoint").tolist()
@@ -144,6 +145,10 @@ def _check(engine: Engine, folder: Path, manifest: dict) -> None:
         if stored[name]["base"] != engine.base_fingerprints[name]:
             raise FishdipError(f"{folder} was trained from other base weights: {name} differs; load the same "
                                "pretrained model in the same dtype.")
+    kinds = {stored[t.name].get("packed", "none") for t in layout.tensors} - {"none"}
+    if (kinds or {"none"}) != {engine.run.fishdip.base_quantization}:
+        raise FishdipError(f"{folder} was trained on a base in {', '.join(kinds) or 'full precision'}; set "
+                           f'"fishdip.base_quantization" to "{next(iter(kinds), "none")}".')
     theirs, own = manifest["strategy"], engine.run.fishdip.strategy
     strategy, dense = engine.strategy, manifest.get("dense", False)
     if dense != strategy.dense or theirs != own:
@@ -184,10 +189,8 @@ def _restore(engine: Engine, file, manifest: dict) -> None:
     ever = [get(f"ever/{t.name}", torch.int32).long() for t in layout.tensors]
     inside = [(at >= t.start) & (at < t.stop) for t, at in zip(layout.tensors, ever, strict=True)]
     engine.remember([(at[here] - t.start).to(device) for t, at, here in zip(layout.tensors, ever, inside, strict=True)])
-    for t, here in zip(layout.tensors, inside, strict=True):
-        shard = t.owned()
-        shard[engine.ever[t.index].to(shard.device)] = get(f"value/{t.name}", t.dtype)[here].to(shard)
-    layout.publish(layout.tensors)
+    layout.write(engine.ever, [get(f"value/{t.name}", t.dtype)[here] for t, here in zip(layout.tensors, inside, strict=True)],
+                 [at.to(device, torch.int32) for at in ever])
     engine._use(mask, entries, manifest["mask_step"])
     engine._masked.learn(manifest.get("stops_early"))  # absent before masked gradients were the default
 

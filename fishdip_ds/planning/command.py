@@ -30,6 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ds_config", help="take batch, density, optimizer and ZeRO settings from this JSON; flags beat it")
     parser.add_argument("--strategy", choices=METHODS, help="ours: a mask; full and lora: stock ZeRO-3 (default ours)")
     parser.add_argument("--optimizer", choices=["AdamW", "AdamW8bit", "Adafactor"], help="compact optimizer (default AdamW)")
+    parser.add_argument("--base_quantization", choices=["none", "8bit", "4bit"], help="linear weights packed by bitsandbytes "
+                        "(default none)")
     parser.add_argument("--fp32", action="store_true", help="weights in fp32 (default bf16, or the JSON's)")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations in backward")
     parser.add_argument("--offload", action="store_true", help="weight shards in host memory")
@@ -78,7 +80,7 @@ def read_setting(args: argparse.Namespace) -> Setting:
         open_ends = {"optimizer.params.lr": 1e-3, "scheduler.params.total_num_steps": 1000,
                      "scheduler.params.warmup_num_steps": 2, "scheduler.params.warmup_min_lr": 0.0}
         values = from_run(resolve(args.ds_config, world, open_ends))
-    for name in (*FLAGS, "strategy", "optimizer"):
+    for name in (*FLAGS, "strategy", "optimizer", "base_quantization"):
         if getattr(args, name) is not None:
             values[name] = getattr(args, name)
     if args.fp32:

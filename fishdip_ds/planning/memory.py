@@ -8,6 +8,7 @@ from fishdip_ds.planning.graph import Work
 from fishdip_ds.planning.setting import Setting
 from fishdip_ds.planning.shapes import ModelShape, TensorShape
 from fishdip_ds.zero3.gradients import CHUNK, EXCHANGE
+from fishdip_ds.zero3.packed import bytes_of, piece_of
 from fishdip_ds.zero3.shards import matches
 
 INDEX, FP32, POSITION = 4, 4, 8
@@ -28,7 +29,19 @@ def mask_count(model: ModelShape, setting: Setting) -> int:
 
 def kept_gathered(model: ModelShape, setting: Setting) -> list[TensorShape]:
     """Tensors that ZeRO-3 keeps whole on every rank between steps."""
-    return [t for t in model.tensors if t.numel <= setting.persistence]
+    return [t for t in model.tensors if t.numel <= setting.persistence and not packs(t, setting)]
+
+
+def packs(tensor: TensorShape, setting: Setting) -> bool:
+    """Whether the tensor's shards are in 8 or 4 bits."""
+    return tensor.packable and setting.base_quantization != "none" and setting.strategy == "ours"
+
+
+def shard_bytes(tensor: TensorShape, setting: Setting) -> int:
+    """Bytes of one rank's piece of a weight, as it is stored and sent."""
+    if packs(tensor, setting):
+        return bytes_of(piece_of(tensor.numel, setting.world, setting.base_quantization), setting.base_quantization)
+    return setting.itemsize * tensor.piece(setting.world)
 
 
 def lora_numel(model: ModelShape, rank: int) -> int:
@@ -40,7 +53,7 @@ def persistent(model: ModelShape, setting: Setting) -> dict[str, float]:
     """Bytes on one rank that live from step to step. Off-loaded weight shards are in host memory and not counted."""
     world, size = setting.world, setting.itemsize
     parts: dict[str, float] = {
-        "weight shard": 0 if setting.offload else size * sum(t.piece(world) for t in model.tensors),
+        "weight shard": 0 if setting.offload else sum(shard_bytes(t, setting) for t in model.tensors),
         "small tensors kept gathered": 0 if world == 1 and not setting.offload else
         size * sum(t.numel for t in kept_gathered(model, setting))}
     if setting.strategy == "full":
@@ -51,6 +64,8 @@ def persistent(model: ModelShape, setting: Setting) -> dict[str, float]:
                 "reduce bucket": size * min(setting.reduce_bucket, adapters)}
     k = mask_count(model, setting)
     ever = min(setting.ever * k, sum(t.numel for t in eligible(model, setting)))
+    if setting.base_quantization != "none":
+        parts["trained entries of packed weights (at most)"] = (INDEX + size) * ever + INDEX * k
     return {
         **parts, "mask index": INDEX * k, "k-vector": FP32 * (k + TOTALS + len(model.tensors)),
         "owned optimizer state": optimizer_bytes(model, setting, k), "owned positions": POSITION * k / world,
@@ -80,9 +95,10 @@ def working_set(model: ModelShape, setting: Setting) -> float:
     DeepSpeed holds gathered weights for their next use up to ``stage3_max_live_parameters``; embedding tables stay
     until backward has ended, and backward gathers one module's weights before it lets go of the last one's.
     """
-    if setting.world == 1 and not setting.offload:
+    in_place = setting.world == 1 and not setting.offload
+    passing = [t for t in model.tensors if packs(t, setting) or (t.numel > setting.persistence and not in_place)]
+    if not passing:
         return 0
-    passing = [t for t in model.tensors if t.numel > setting.persistence]
     held = sum(t.numel for t in passing if t.embedding)
     largest = max((t.numel for t in passing if not t.embedding), default=0)
     limit = setting.prefetch + (setting.max_live if setting.max_reuse else 0)

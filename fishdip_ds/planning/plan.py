@@ -129,6 +129,9 @@ def _changes(setting: Setting) -> Iterator[tuple[str, str, Setting]]:
         yield "dtype", '"bf16": {"enabled": true}', replace(setting, itemsize=2)
     if not setting.offload:
         yield "offload", '"offload_param": {"device": "cpu"}', replace(setting, offload=True)
+    if setting.base_quantization != "4bit" and setting.strategy == "ours":
+        yield ("quantisation", '"fishdip.base_quantization": "4bit" (rounds the base)',
+               replace(setting, base_quantization="4bit"))
     for factor in (2, 4, 8, 16):
         yield ("ranks", f"{setting.world * factor} ranks in place of {setting.world}",
                replace(setting, nodes=setting.nodes * factor))

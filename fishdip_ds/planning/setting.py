@@ -50,6 +50,8 @@ class Setting:
     train_samples: int = 1000
     """Training samples: what the loss scan reads."""
     scan_batch: int = 32
+    base_quantization: str = "none"
+    """Linear weights in 8bit or 4bit."""
     score_memory_gib: float = 0.0
     """Bound of the scores' memory; 0: none."""
     lora_r: int = 16
@@ -95,6 +97,6 @@ def from_run(run: RunConfig) -> dict[str, object]:
         "optimizer": run.ds["optimizer"]["type"], "itemsize": 2 if run.ds.get("bf16", {}).get("enabled") else 4,
         "density": fishdip.density, "refresh_interval": fishdip.refresh_interval, "scan_batch": fishdip.scan_batch_size,
         **({"worst_samples": worst} if isinstance(worst, int) else {}), "score_memory_gib": fishdip.score_memory_gib,
-        "eligible": fishdip.eligible, "lora_r": fishdip.lora_r,
+        "base_quantization": fishdip.base_quantization, "eligible": fishdip.eligible, "lora_r": fishdip.lora_r,
         "micro_batch": run.micro_batch, "accumulation": run.accumulation,
         "offload": (zero.get("offload_param") or {}).get("device", "none") == "cpu"}

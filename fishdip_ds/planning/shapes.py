@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fishdip_ds.errors import ConfigError
+from fishdip_ds.zero3.packed import packable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -36,6 +37,8 @@ class TensorShape:
     """Whether it is the table of an ``nn.Embedding``."""
     linear: bool
     """Whether it is the weight of an ``nn.Linear`` and of no embedding."""
+    packable: bool = False
+    """Whether ``base_quantization`` packs it."""
 
     @property
     def numel(self) -> int:
@@ -66,7 +69,8 @@ class ModelShape:
         """Of a module on the meta device (or on any other, unsharded)."""
         tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
         linears = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)} - tables
-        return cls(name, module, tuple(TensorShape(n, tuple(p.shape), id(p) in tables, id(p) in linears)
+        packed = {id(p) for p in packable(module)}
+        return cls(name, module, tuple(TensorShape(n, tuple(p.shape), id(p) in tables, id(p) in linears, id(p) in packed)
                                        for n, p in module.named_parameters()))
 
 

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from fishdip_ds.planning.memory import FP32, INDEX, TOTALS, eligible, kept_gathered, lora_numel, mask_count
+from fishdip_ds.planning.memory import (
+    FP32,
+    INDEX,
+    TOTALS,
+    eligible,
+    kept_gathered,
+    lora_numel,
+    mask_count,
+    shard_bytes,
+)
 from fishdip_ds.planning.setting import Setting
 from fishdip_ds.planning.shapes import ModelShape
 from fishdip_ds.selection.topk import DIGITS
@@ -19,7 +28,7 @@ def ring(world: int, n_bytes: float) -> float:
 def one_gather(model: ModelShape, setting: Setting) -> float:
     """Bytes sent to gather every tensor that is not kept gathered, once."""
     kept = {t.name for t in kept_gathered(model, setting)}
-    return (setting.world - 1) * setting.itemsize * sum(t.piece(setting.world) for t in model.tensors if t.name not in kept)
+    return (setting.world - 1) * sum(shard_bytes(t, setting) for t in model.tensors if t.name not in kept)
 
 
 def stays_gathered(model: ModelShape, setting: Setting) -> bool:
@@ -39,6 +48,8 @@ def step(model: ModelShape, setting: Setting) -> dict[str, float]:
     ours = eligible(model, setting)
     parts["gradients"] = ring(world, FP32 * (k + TOTALS + len(model.tensors)))
     parts["weights"] = (world - 1) * size * sum(t.piece(world) for t in kept_gathered(model, setting) if t in ours)
+    if setting.base_quantization != "none":  # at most: if all of the mask is in packed weights
+        parts["weights"] += (world - 1) * size * k / world
     if setting.optimizer == "Adafactor":
         parts["rms"] = ring(world, FP32 * len(model.tensors))
     return parts

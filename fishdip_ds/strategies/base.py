@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fishdip_ds.selection.mask import Mask
     from fishdip_ds.verbs import Verbs
 
-MASK_SETTINGS = frozenset({"density", "scope", "always_on"})
+MASK_SETTINGS = frozenset({"density", "scope", "always_on", "base_quantization"})
 """Settings of every method that trains a few weights."""
 
 

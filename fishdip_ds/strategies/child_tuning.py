@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fishdip_ds.errors import ConfigError
 from fishdip_ds.strategies.base import DenseStrategy, Strategy
 
 if TYPE_CHECKING:
+    from fishdip_ds.config import FishdipConfig
     from fishdip_ds.selection.mask import Mask
     from fishdip_ds.selection.view import ShardView
     from fishdip_ds.verbs import Verbs
@@ -43,9 +45,15 @@ class ChildTuningD(Strategy):
     """
 
     needs_samples = True
-    settings = frozenset({"density", "always_on", "layers", "fisher", "decay_frozen"})
+    settings = frozenset({"density", "always_on", "layers", "fisher", "decay_frozen", "base_quantization"})
     defaults = {"density": 0.3}
     PUBLISHED_BATCH, PUBLISHED_CLIP = 16, 1.0
+
+    def __init__(self, config: FishdipConfig, total_steps: int | None = None, global_batch: int = 1) -> None:
+        super().__init__(config, total_steps, global_batch)
+        if config.decay_frozen and config.base_quantization != "none":
+            raise ConfigError('"fishdip.decay_frozen" changes frozen weights, which "fishdip.base_quantization" keeps in '
+                              f'{config.base_quantization}; set one of them off.')
 
     def select(self, verbs: Verbs, step: int) -> Mask:
         """See the class."""

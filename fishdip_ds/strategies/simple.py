@@ -50,7 +50,7 @@ class Lisa(Periodic):
     Embeddings and what belongs to no layer train always, as published.
     """
 
-    settings = frozenset({"refresh_interval", "active_layers"})
+    settings = frozenset({"refresh_interval", "active_layers", "base_quantization"})
 
     def select(self, verbs: Verbs, step: int) -> Mask:
         """Draw ``active_layers`` layers; a layer is what shares the name up to its first number."""

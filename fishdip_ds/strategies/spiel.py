@@ -21,7 +21,7 @@ class Spiel(Periodic):
     """Every ``refresh_interval`` steps: drop the entries that moved least, grow where the gradient is largest."""
 
     needs_samples = needs_total_steps = True
-    settings = frozenset({"density", "refresh_interval", "drop_rate", "worst_samples"})
+    settings = frozenset({"density", "refresh_interval", "drop_rate", "worst_samples", "base_quantization"})
 
     def drop_share(self, step: int) -> float:
         """The share of the mask that is replaced before ``step``: all at first, then falling linearly to 0."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fishdip_ds.errors import ConfigError
+from fishdip_ds.zero3.packed import pack_model
 
 if TYPE_CHECKING:
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -22,12 +23,13 @@ OURS = ("fishdip", "optimizer", "scheduler", "gradient_clipping")
 """Sections of the JSON that the compact engine serves itself and DeepSpeed must not see."""
 
 
-def partition(model: nn.Module, ds_config: dict) -> DeepSpeedEngine:
+def partition(model: nn.Module, ds_config: dict, base_quantization: str = "none") -> DeepSpeedEngine:
     """Shard ``model`` in place over all ranks and return the DeepSpeed engine around it. **Collective.**
 
     The engine has hooks that gather and release parameters, and the monitor; it has no optimizer and
     no gradient buffer, so the persistent cost is the weight shard alone. A model that was loaded under
-    ``HfDeepSpeedConfig`` is sharded already and is taken as it is.
+    ``HfDeepSpeedConfig`` is sharded already and is taken as it is. With ``base_quantization`` linear weights are packed
+    after that, one at a time out of host memory, so that the device never holds the model as it was; see ``packed.py``.
     """
     import deepspeed
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -35,11 +37,16 @@ def partition(model: nn.Module, ds_config: dict) -> DeepSpeedEngine:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its start-up says hundreds of lines
     config = {key: copy.deepcopy(value) for key, value in ds_config.items() if key not in OURS}
     _refuse_half(model)
+    if base_quantization != "none":
+        deepspeed.zero.Init(module=model, config_dict_or_path=config, remote_device="cpu")
     engine = deepspeed.initialize(model=model, config=config)[0]
     if not isinstance(engine.optimizer, DeepSpeedZeRoOffload):
         raise ConfigError(
             f"DeepSpeed {deepspeed.__version__} built {type(engine.optimizer).__name__} instead of a bare ZeRO-3 "
             "parameter partitioner; install the deepspeed version of constraints.txt.")
+    if base_quantization != "none":
+        offload = (config["zero_optimization"].get("offload_param") or {}).get("device", "none") == "cpu"
+        pack_model(model, base_quantization, offload=offload)
     return engine
 
 
@@ -99,11 +106,15 @@ def fits_on_one_device(model: nn.Module, share: float = 0.4) -> bool:
     return needed <= share * free
 
 
-def gathered(params: list[nn.Parameter]):
-    """Context in which ``params`` hold their full values on every rank (read only). **Collective.**"""
+@contextmanager
+def gathered(params: list[nn.Parameter]) -> Iterator[None]:
+    """Hold the full values of ``params`` on every rank for the block (read only). **Collective.**"""
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(params, modifier_rank=None)
+    packed = [p for p in params if hasattr(p, "packed")]
+    with deepspeed.zero.GatheredParameters([p for p in params if not hasattr(p, "packed")], modifier_rank=None), \
+            deepspeed.zero.GatheredParameters(packed, modifier_rank=None):
+        yield
 
 
 def written(params: list[nn.Parameter]):

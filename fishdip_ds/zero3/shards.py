@@ -18,6 +18,7 @@ from fishdip_ds.distributed import Comm
 from fishdip_ds.errors import ConfigError
 from fishdip_ds.fingerprint import finish, partial_fingerprint
 from fishdip_ds.selection.view import ShardView
+from fishdip_ds.zero3.packed import PackedShard
 
 INT32_MAX = 2**31 - 1
 
@@ -47,9 +48,21 @@ class TensorShard:
     device: torch.device
     """Where its gradients and compact state live (not the shard's device when off-loaded)."""
 
+    @property
+    def packed(self) -> PackedShard | None:
+        """What stands in for the shard where the base is in 4 or 8 bits."""
+        return getattr(self.param, "packed", None)
+
     def owned(self) -> torch.Tensor:
-        """Local view of the owned elements: 1-D [stop - start], the parameter's dtype, no padding."""
+        """The owned elements: 1-D [stop - start], the parameter's dtype, no padding. Local; a view, but a copy if ``packed``."""
+        if self.packed is not None:
+            return self.packed.owned()
         return self.param.ds_tensor.data.view(-1)[: self.stop - self.start]
+
+    def read(self, at: torch.Tensor) -> torch.Tensor:
+        """The values at owned positions (int64 [n], on any device): [n], where the shard lives. Local."""
+        owned = self.owned()
+        return owned.index_select(0, at.to(owned.device))
 
     @cached_property
     def view(self) -> ShardView:
@@ -68,11 +81,13 @@ class ShardLayout:
     def __init__(self, model: nn.Module, comm: Comm, eligible_patterns: tuple[str, ...] = ("*",)) -> None:
         self.comm = comm
         self.tensors: list[TensorShard] = []
+        self._sizes_of: dict[int, tuple[torch.Tensor, list[int]]] = {}
         offset = 0
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         device = self.device()
         for name, param in model.named_parameters():
-            piece = param.ds_tensor.numel()
+            packed = getattr(param, "packed", None)
+            piece = packed.piece if packed is not None else param.ds_tensor.numel()
             start = min(comm.rank * piece, param.ds_numel)
             stop = min(start + piece, param.ds_numel)
             may_train = param.requires_grad and param.ds_tensor.dtype.is_floating_point
@@ -96,13 +111,68 @@ class ShardLayout:
 
     def piece_numel(self, tensor: TensorShard) -> int:
         """Elements of one rank's piece, padding included; the same on every rank."""
-        return tensor.param.ds_tensor.numel()
+        return tensor.packed.piece if tensor.packed is not None else tensor.param.ds_tensor.numel()
 
     def device(self) -> torch.device:
         """Device on which gradients appear and compact state lives (not the shard's when off-loaded)."""
         from deepspeed.accelerator import get_accelerator
 
         return torch.device(get_accelerator().current_device_name())
+
+    @torch.no_grad()
+    def write(self, at: Sequence[torch.Tensor], values: Sequence[torch.Tensor], index: Sequence[torch.Tensor]) -> None:
+        """Put values into shards, rounded to their dtype, and into full copies in use. **Collective.**
+
+        Args:
+            at: per tensor, owned positions, sorted: int64 [n_t], local.
+            values: per tensor [n_t], local.
+            index: per tensor, the flat indices of all ranks' entries, sorted: int32, the same on every rank.
+        """
+        packed = []
+        for t, here, new, everywhere in zip(self.tensors, at, values, index, strict=True):
+            if t.packed is not None:
+                if everywhere.numel():
+                    packed.append((t, new.to(t.device, t.dtype), everywhere))
+            elif here.numel():
+                shard = t.owned()
+                shard.index_copy_(0, here.to(shard.device), new.to(shard.device, shard.dtype))
+        for dtype in sorted({t.dtype for t, _, _ in packed}, key=str):
+            self._write_packed([entry for entry in packed if entry[0].dtype == dtype])
+        self.publish([t for t, everywhere in zip(self.tensors, index, strict=True) if everywhere.numel()])
+
+    def _write_packed(self, entries: list[tuple[TensorShard, torch.Tensor, torch.Tensor]]) -> None:
+        """Tell all ranks the new values of packed tensors: one all-gather of those their owners have."""
+        if self.comm.world == 1:
+            for t, new, index in entries:
+                t.packed.write(index, new)
+            return
+        sizes = [self._sizes(t, index) for t, _, index in entries]
+        parts = self.comm.all_gather_ragged(torch.cat([new for _, new, _ in entries]),
+                                            [sum(of_rank) for of_rank in zip(*sizes, strict=True)], tag="weights")
+        by_rank = [part.split(of_rank) for part, of_rank in zip(parts, zip(*sizes, strict=True), strict=True)]
+        for (t, _, index), values in zip(entries, zip(*by_rank, strict=True), strict=True):
+            t.packed.write(index, torch.cat(values))
+
+    def _sizes(self, tensor: TensorShard, index: torch.Tensor) -> list[int]:
+        """How many of a packed tensor's entries each rank owns; found once for a mask."""
+        known = self._sizes_of.get(tensor.index)
+        if known is None or known[0] is not index:
+            piece = self.piece_numel(tensor)
+            bounds = torch.arange(self.comm.world + 1, device=index.device) * piece
+            ends = torch.searchsorted(index, bounds.clamp(max=tensor.numel).to(torch.int32))
+            known = self._sizes_of[tensor.index] = (index, torch.diff(ends).tolist())
+        return known[1]
+
+    @torch.no_grad()
+    def restore(self, at: Sequence[torch.Tensor], base: Sequence[torch.Tensor]) -> None:
+        """Put the base's values (per tensor) back at all owned positions that were ever written. **Collective.**"""
+        for t, here, values in zip(self.tensors, at, base, strict=True):
+            if t.packed is not None:
+                t.packed.forget()
+            elif here.numel():
+                shard = t.owned()
+                shard.index_copy_(0, here.to(shard.device), values)
+        self.publish(self.tensors)
 
     @torch.no_grad()
     def publish(self, tensors: list[TensorShard]) -> None:
@@ -114,7 +184,7 @@ class ShardLayout:
         """
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        kept = [t for t in tensors if t.param.ds_status == ZeroParamStatus.AVAILABLE]
+        kept = [t for t in tensors if t.packed is None and t.param.ds_status == ZeroParamStatus.AVAILABLE]
         for dtype in sorted({t.dtype for t in kept}, key=str):
             group = [t for t in kept if t.dtype == dtype]
             if self.comm.world == 1:
@@ -139,10 +209,14 @@ class ShardLayout:
         return (total / torch.tensor([t.numel for t in self.tensors])).sqrt()
 
     def fingerprints(self) -> dict[str, int]:
-        """A 63-bit checksum of each tensor's global value, the same for any number of ranks. **Collective.**"""
+        """A 63-bit checksum of each tensor's global value, the same for any number of ranks. **Collective.**
+
+        Of a packed tensor: of what it was before.
+        """
         sums = torch.zeros(len(self.tensors), dtype=torch.int64, device=self.device())
         for t in self.tensors:
-            sums[t.index] = partial_fingerprint(t.owned(), t.start).to(sums.device)
+            part = partial_fingerprint(t.owned(), t.start) if t.packed is None else t.packed.fingerprint
+            sums[t.index] = part.to(sums.device)
         self.comm.all_reduce(sums, tag="checks")
         return {t.name: finish(v) for t, v in zip(self.tensors, sums.tolist(), strict=True)}
 

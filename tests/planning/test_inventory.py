@@ -25,14 +25,14 @@ def _model(size: str):
         num_decoder_layers=layers, decoder_start_token_id=0, dropout_rate=0.0)).train()
 
 
-def _running(size: str, threshold: int, optimizer: str, reuse: int) -> dict:
+def _running(size: str, threshold: int, optimizer: str, reuse: int, quantization: str = "none") -> dict:
     """Train a few steps and take stock, beside the plan of the same run."""
     import fishdip_ds
 
     model, data = _model(size), TextPairs(31)
     shape = ModelShape.of(size, _model(size))
     section = {"type": optimizer, "params": {"lr": 1e-3}}
-    config = ds_config(threshold=threshold, density=0.03, worst_samples=4, optimizer=section)
+    config = ds_config(threshold=threshold, density=0.03, worst_samples=4, optimizer=section, base_quantization=quantization)
     if not reuse:
         config["zero_optimization"].update(stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0)
     engine, _, loader, _ = fishdip_ds.initialize(model, config, data, collate)
@@ -43,19 +43,22 @@ def _running(size: str, threshold: int, optimizer: str, reuse: int) -> dict:
             engine.backward(engine(**batch).loss)
             engine.step()
             kept = max(kept, sum(t.param.data.nbytes for t in engine.layout.tensors
-                                 if t.param.data_ptr() != t.param.ds_tensor.data_ptr()))
+                                 if t.packed is None and t.param.data_ptr() != t.param.ds_tensor.data_ptr()))
             if engine.global_steps == STEPS:
                 break
     entries, stock = engine.entries, engine.optimizer
     ever = sum(engine.comm.gather_objects(sum(e.numel() for e in engine.ever)))
+    packed = [t.packed for t in engine.layout.tensors if t.packed is not None]
     held = {
-        "weight shard": sum(t.param.ds_tensor.nbytes for t in engine.layout.tensors),
+        "weight shard": sum(t.param.ds_tensor.nbytes for t in engine.layout.tensors) + sum(p.codes.nbytes for p in packed),
         "small tensors kept gathered": kept,
         "mask index": sum(i.nbytes for i in engine.mask.by_tensor),
         "k-vector": engine._accumulator.buffer.nbytes,
         "owned optimizer state": stock.master.nbytes + sum(v.nbytes for v in stock.entry_state.values()) + _dense_bytes(stock),
         "owned positions": sum(p.nbytes for p in entries.local),
         "ever trained: positions and base values": sum(e.nbytes for e in engine.ever) + sum(b.nbytes for b in engine.base)}
+    if packed:
+        held["trained entries of packed weights (at most)"] = sum(p.nbytes - p.codes.nbytes for p in packed)
     setting = Setting(**{**from_run(engine.run), "gpus_per_node": engine.comm.world, "itemsize": 4, "train_samples": len(data),
                          "worst_samples": 4, "source": 9, "target": 9, "ever": ever / engine.mask.count})
     return {"held": held, "gathered": gathered[0], "sent": dict(engine.comm.sent_bytes),
@@ -75,7 +78,8 @@ def _watch_gathers(engine) -> list[int]:
     peak = [0]
 
     def look(*_: object) -> None:
-        peak[0] = max(peak[0], sum(t.param.data.nbytes for t in engine.layout.tensors if t.numel > small))
+        peak[0] = max(peak[0], sum(t.param.data.nbytes for t in engine.layout.tensors if (t.numel > small or t.packed)
+                                   and t.param.data_ptr() != t.param.ds_tensor.data_ptr()))
 
     for module in engine.module.modules():
         module.register_forward_pre_hook(look)
@@ -110,6 +114,22 @@ def test_bytes_held_and_sent_are_those_planned(world, size, threshold, optimizer
     assert (sent.get("weights", 0) > 0) == (step["weights"] > 0)
     for tag in ("losses", "scores", "topk", "mask"):
         assert sent.get(tag, 0) == pytest.approx(2 * refresh[tag], rel=0.05, abs=100), tag
+
+
+@pytest.mark.parametrize(("world", "kind"), [(1, "4bit"), (2, "8bit"), (3, "4bit")])
+def test_bytes_of_a_packed_base(world, kind):
+    results = run(world, _running, "wide", 2000, "AdamW", 10**9, kind)
+    planned, held = results[0]["planned"], _mean(results, "held")
+    assert planned.keys() == held.keys()
+    for part, n_bytes in planned.items():
+        if part.startswith("trained entries"):  # how many of a mask's are in packed weights is up to the data
+            assert 0.8 * n_bytes < held[part] <= n_bytes
+        else:
+            assert held[part] == pytest.approx(n_bytes, rel=0.05), part
+    assert sum(held.values()) == pytest.approx(sum(planned.values()), rel=0.05)
+    assert all(r["gathered"] == r["working set"] for r in results)
+    sent = _mean(results, "sent")
+    assert (world > 1) <= sent.get("weights", 0) <= STEPS * results[0]["step"]["weights"]
 
 
 @pytest.mark.parametrize("world", [2])

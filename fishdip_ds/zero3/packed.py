@@ -1,0 +1,221 @@
+"""A frozen base in 4 or 8 bits: shards of packed codes in the place of DeepSpeed's, and beside them what training changed.
+
+The weights of linear layers are kept as bitsandbytes' codes: NF4 in blocks of 64, or its dynamic 8-bit map in blocks of 256,
+with one fp32 scale a block. The parameter stays what it was to everyone else: of its dtype and shape, whole while its module
+runs, with hooks and gradients. Only how it is gathered is exchanged: ranks send codes, each unpacks them, and then writes the
+trained entries over them, which every rank holds in the weight's dtype (the optimizer's fp32 masters are with their owners).
+So a step computes with the base's rounded values everywhere but at entries that were ever trained.
+
+Blocks are cut from the whole tensor and never across ranks: what a base is rounded to does not depend on their number.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fishdip_ds.fingerprint import partial_fingerprint
+from fishdip_ds.selection.mask import union_sorted
+
+BITS = {"8bit": 8, "4bit": 4}
+BLOCK = {"8bit": 256, "4bit": 64}
+"""Elements that share a scale."""
+SMALLEST = 4096
+"""Elements below which a weight is not worth packing."""
+
+
+def bytes_of(numel: int, kind: str) -> int:
+    """Bytes of ``numel`` packed elements (whole blocks), scales included."""
+    return numel * BITS[kind] // 8 + 4 * (numel // BLOCK[kind])
+
+
+def piece_of(numel: int, world: int, kind: str) -> int:
+    """Elements of a rank's piece: whole blocks, the same on every rank, padding included."""
+    return math.ceil(math.ceil(numel / BLOCK[kind]) / world) * BLOCK[kind]
+
+
+def pack(values: torch.Tensor, kind: str) -> torch.Tensor:
+    """Codes and scales of whole blocks: floating [n] -> uint8 [bytes_of(n)], the fp32 scales behind the codes."""
+    from bitsandbytes import functional as bnb
+
+    if kind == "4bit":
+        codes, state = bnb.quantize_4bit(values, blocksize=BLOCK[kind], quant_type="nf4")
+    else:
+        codes, state = bnb.quantize_blockwise(values, blocksize=BLOCK[kind])
+    return torch.cat([codes.view(-1), state.absmax.float().view(torch.uint8)])
+
+
+def unpack(packed: torch.Tensor, kind: str, dtype: torch.dtype) -> torch.Tensor:
+    """The values behind the pieces of all ranks: uint8 [ranks, bytes] -> [elements of all pieces], ``dtype``."""
+    from bitsandbytes import functional as bnb
+
+    numel = packed.shape[1] * 8 * BLOCK[kind] // (BLOCK[kind] * BITS[kind] + 32)
+    codes, scales = packed.split([numel * BITS[kind] // 8, 4 * (numel // BLOCK[kind])], 1)
+    codes, absmax = codes.reshape(-1), scales.reshape(-1).view(torch.float32)
+    if kind == "4bit":
+        state = bnb.QuantState(absmax, torch.Size([packed.shape[0] * numel]), blocksize=BLOCK[kind], quant_type="nf4",
+                               dtype=dtype)
+        return bnb.dequantize_4bit(codes.view(-1, 1), state).view(-1)
+    state = bnb.QuantState(absmax, code=_map(packed.device), blocksize=BLOCK[kind], dtype=dtype)
+    return bnb.dequantize_blockwise(codes, state)
+
+
+def round_trip(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    """What a packed weight is computed with: any shape, its dtype kept. Local."""
+    flat = weight.detach().reshape(-1)
+    blocks = functional.pad(flat, (0, -flat.numel() % BLOCK[kind]))
+    return unpack(pack(blocks, kind).view(1, -1), kind, weight.dtype)[: flat.numel()].view(weight.shape)
+
+
+def _map(device: torch.device) -> torch.Tensor:
+    from bitsandbytes import functional as bnb
+
+    if "dynamic" not in bnb.name2qmap:
+        bnb.name2qmap["dynamic"] = bnb.create_dynamic_map()
+    bnb.name2qmap["dynamic"] = bnb.name2qmap["dynamic"].to(device)
+    return bnb.name2qmap["dynamic"]
+
+
+class PackedShard:
+    """This rank's piece of a packed weight, and all ranks' trained entries of it. An attribute ``packed`` of the parameter."""
+
+    def __init__(self, param: nn.Parameter, kind: str, device: torch.device) -> None:
+        """Pack a parameter that is whole right now; its own data is let go. ``device``: where the codes live."""
+        self.param, self.kind, self.shape, self.numel = param, kind, tuple(param.ds_shape), param.ds_numel
+        self.world, rank = param.ds_zero_partition_world_size, param.ds_zero_partition_rank
+        self.piece = piece_of(self.numel, self.world, kind)
+        self.start, self.stop = min(rank * self.piece, self.numel), min((rank + 1) * self.piece, self.numel)
+        mine = param.data.view(-1)[self.start : self.stop]
+        self.fingerprint = partial_fingerprint(mine, self.start)
+        """Of the base before it was packed: int64, this rank's part; see ``fishdip_ds.fingerprint``."""
+        self.codes = pack(functional.pad(mine, (0, self.piece - mine.numel())), kind).to(device)
+        """uint8 [bytes_of(piece)]."""
+        self.index = torch.zeros(0, dtype=torch.int32, device=param.device)
+        """Flat indices of all entries ever written, sorted, the same on every rank: int32 [m]."""
+        self.values = param.data.new_zeros(0)
+        """What they hold: [m], the weight's dtype."""
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+        param.packed = self
+        param.partition()
+        param.ds_persist = False
+        param.ds_tensor.data = param.ds_tensor.data.new_empty(0)
+        param.ds_tensor.ds_quant_scale = None  # so that DeepSpeed gathers it apart from weights that are as they were
+        param.all_gather, param.all_gather_coalesced = self._all_gather, _Gather
+
+    def owned(self) -> torch.Tensor:
+        """The owned elements with trained entries in place: [stop - start], the weight's dtype, a copy. Local."""
+        flat = unpack(self.codes.view(1, -1).to(self.values.device), self.kind, self.values.dtype)[: self.stop - self.start]
+        bounds = torch.tensor([self.start, self.stop], dtype=torch.int32, device=self.index.device)
+        lo, hi = torch.searchsorted(self.index, bounds).tolist()
+        flat[self.index[lo:hi].long() - self.start] = self.values[lo:hi]
+        return flat
+
+    def whole(self, packed: torch.Tensor) -> torch.Tensor:
+        """The weight behind the pieces of all ranks (uint8 [ranks, bytes]), trained entries in place."""
+        flat = unpack(packed, self.kind, self.values.dtype)[: self.numel]
+        if self.index.numel():
+            flat.index_copy_(0, self.index.long(), self.values)
+        return flat.view(self.shape)
+
+    def write(self, index: torch.Tensor, values: torch.Tensor) -> None:
+        """Let entries (sorted flat int32 [n], all ranks') hold ``values`` ([n]) from now on. Local, the same on every rank."""
+        if self._last is None or self._last[0] is not index:  # a new mask; in the steps after it the places are known
+            every = union_sorted(self.index, index)
+            grown = self.values.new_empty(every.numel())
+            grown[torch.searchsorted(every, self.index)] = self.values
+            self.index, self.values = every, grown
+            self._last = (index, torch.searchsorted(every, index, out_int32=True))
+        self.values.index_copy_(0, self._last[1].long(), values.to(self.values.dtype))
+        if self.param.numel():  # gathered right now
+            self.param.data.view(-1).index_copy_(0, index.long(), values.to(self.param.dtype))
+
+    def forget(self) -> None:
+        """Drop all trained entries: the base again. **Collective** where the weight is gathered right now."""
+        self.index, self.values, self._last = self.index[:0], self.values[:0], None
+        if self.param.numel():
+            self.param.data = self.param.data.new_empty(0)
+            _Gather([self.param]).wait()
+
+    @property
+    def nbytes(self) -> int:
+        """What this rank holds of it: codes, scales, trained entries, and where the mask's are among those."""
+        return self.codes.nbytes + self.index.nbytes + self.values.nbytes + (self._last[1].nbytes if self._last else 0)
+
+    def _all_gather(self, param_list: list[nn.Parameter] | None = None, async_op: bool = False, hierarchy: int = 0) -> None:
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        absent = [p for p in param_list or [self.param] if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        if absent:
+            _Gather(absent).wait()
+
+
+class _Gather:
+    """Packed parameters on their way; stands in for DeepSpeed's handles. **Collective.**"""
+
+    def __init__(self, params: Iterable[nn.Parameter], safe_mode: bool = False, quantize: bool = False) -> None:
+        import deepspeed.comm as dist
+        from deepspeed.accelerator import get_accelerator
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        self._params = sorted(params, key=lambda p: p.ds_id)
+        for p in self._params:
+            p.ds_status = ZeroParamStatus.INFLIGHT
+        shards, world = [p.packed for p in self._params], self._params[0].packed.world
+        self._sizes, device = [s.codes.numel() for s in shards], get_accelerator().current_device_name()
+        mine = torch.cat([s.codes.to(device) for s in shards]) if len(shards) > 1 else shards[0].codes.to(device)
+        self._work, self._pieces = None, mine.view(1, -1)
+        if world > 1:
+            self._pieces = mine.new_empty(world, mine.numel())
+            self._work = dist.allgather_fn(self._pieces.view(-1), mine, group=self._params[0].ds_process_group, async_op=True)
+
+    def wait(self, **_: object) -> None:
+        """Until the parameters are whole."""
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        if self._pieces is None:
+            return
+        if self._work is not None:
+            self._work.wait()
+        with torch.no_grad():
+            for p, pieces in zip(self._params, self._pieces.split(self._sizes, 1), strict=True):
+                p.data = p.packed.whole(pieces)
+                p.ds_status = ZeroParamStatus.AVAILABLE
+        self._pieces = None
+
+
+def packable(model: nn.Module) -> list[nn.Parameter]:
+    """Weights of linear layers, but for an output head and what an embedding shares: those set what a model says."""
+    kept = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None:
+        kept.add(id(head.weight))
+    linear = {id(m.weight): m.weight for m in model.modules() if _is_linear(m) and id(m.weight) not in kept}
+    return [p for p in linear.values() if getattr(p, "ds_numel", p.numel()) >= SMALLEST and p.dtype.is_floating_point]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def pack_model(model: nn.Module, kind: str, *, offload: bool) -> None:
+    """Pack a partitioned model's linear weights, one at a time; what is left moves to the device. **Collective.**
+
+    Args:
+        offload: shards and codes live in host memory.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    device = torch.device("cpu" if offload else get_accelerator().current_device_name())
+    for param in packable(model):
+        param.all_gather()
+        PackedShard(param, kind, device)
+    for param in model.parameters():
+        param.ds_tensor.data = param.ds_tensor.data.to(device)
