@@ -8,7 +8,7 @@ samples. Every method lives in a process of its own and all take their steps in 
 machine does falls on all alike. Prints one JSON object as its last line: ratios are ours divided by theirs, the median
 over turns of the ratio inside a turn, by the wall clock and (``cpu_ratio_*``) by seconds of processor time. Memory is the
 peak resident set above that of the process with the weights loaded, in GiB; selection is measured apart
-(``*_with_refresh`` includes it). ``gradient_bytes_ratio`` is what one rank of two sends per step for gradients, divided by
+(``*_with_refresh`` includes it); ``resident_ratio_*`` is of what stands between steps, weights included. ``gradient_bytes_ratio`` is what one rank of two sends per step for gradients, divided by
 4 bytes x k (a tiny model tells).
 """
 
@@ -29,7 +29,9 @@ from pathlib import Path
 
 from models import SIZES, SMOLLM2, build_data, build_model
 
-PEERS = ("full", "lora", "off")
+PEERS = ("full", "lora", "shira", "ia3", "dense_mask", "off", "8bit", "4bit")
+OURS = ("fish_dip", "off", "8bit", "4bit")
+"""Ours: as it is, without masked gradients, and on a packed base."""
 GIB = 1024**3
 
 
@@ -71,14 +73,15 @@ class Worker:
         from fishdip_ds.distributed import init_distributed
 
         self.args, self.comm = args, init_distributed()
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+        dtype, bare = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype], resident_bytes() / GIB
         model = build_model(args.size, dtype, args.layers)
         items, collate = build_data(args.size, args.batch, args.source, args.target, self.comm.rank)
-        ours = args.worker in ("fish_dip", "off")
-        section = {"strategy": "fish_dip" if ours else args.worker}
+        ours = args.worker in OURS
+        section = {"strategy": "fish_dip" if ours else {"dense_mask": "full"}.get(args.worker, args.worker)}
         if ours:
             section |= {"density": args.density[0], "refresh_interval": 10**9, "worst_samples": 3,
-                        "scan_batch_size": args.batch, "masked_gradients": "off" if args.worker == "off" else "on"}
+                        "scan_batch_size": args.batch, "masked_gradients": "off" if args.worker == "off" else "on",
+                        "base_quantization": args.worker if args.worker in ("8bit", "4bit") else "none"}
         config = {
             "train_micro_batch_size_per_gpu": args.batch, "gradient_clipping": 1.0, "bf16": {"enabled": args.dtype == "bf16"},
             "zero_optimization": {"stage": 3, "reduce_bucket_size": 5_000_000, "stage3_param_persistence_threshold": 100_000},
@@ -87,6 +90,8 @@ class Worker:
         self.loaded, self.memory = resident_bytes() / GIB, PeakMemory()
         self.engine, _, self.loader, _ = fishdip_ds.initialize(model, config, items, collate)
         self.engine.train()
+        if args.worker == "dense_mask":
+            self._mask_gradients()
         if ours:
             self._select()
         self.start_gib = self.memory.take() - self.loaded
@@ -97,6 +102,15 @@ class Worker:
             self._step(short)
         self._step(self.batches[0])
         self.memory.take()
+        self.resident = resident_bytes() / GIB - bare
+
+    def _mask_gradients(self) -> None:
+        """Full finetuning that multiplies each gradient by a mask of the weight's shape, as the method's published code does."""
+        import torch
+
+        for p in self.engine.module.parameters():
+            mask = (torch.rand(p.ds_shape) < self.args.density[-1]).to(p.dtype)
+            p.register_hook(lambda grad, mask=mask: grad * mask)
 
     def _select(self) -> None:
         """Masks of every density from one selection's scores."""
@@ -125,10 +139,10 @@ class Worker:
     def facts(self) -> dict:
         """What does not change from step to step."""
         engine = self.engine
-        if self.args.worker not in ("fish_dip", "off"):
-            return {"start_gib": self.start_gib, "trained": sum(
+        if self.args.worker not in OURS:
+            return {"start_gib": self.start_gib, "resident_gib": self.resident, "trained": sum(
                 getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)}
-        return {"start_gib": self.start_gib, "trained": engine.mask.count,
+        return {"start_gib": self.start_gib, "resident_gib": self.resident, "trained": engine.mask.count,
                 "plans_ms": round(1000 * engine.selector.report.seconds.get("plans", 0.0), 1) / (1 + len(self.args.density)),
                 "gradient_bytes_per_step": engine.comm.sent_bytes["gradients"] / max(engine.global_steps, 1)}
 
@@ -200,7 +214,9 @@ def summary(turns: list[dict], facts: dict[str, dict], density: float, peers: li
             if name == "time":
                 out[f"time_ratio_{peer}_turns"] = [round(r, 3) for r in ratios]
         peak = {m: max(t[m]["peak_gib"] for t in turns) for m in (ours, peer)}
-        out[f"memory_ratio_{peer}"] = round(peak[ours] / peak[peer], 3)
+        if peer not in ("8bit", "4bit"):  # which hold less than the weights as they were loaded
+            out[f"memory_ratio_{peer}"] = round(peak[ours] / peak[peer], 3)
+        out[f"resident_ratio_{peer}"] = round(facts["fish_dip"]["resident_gib"] / facts[peer]["resident_gib"], 3)
         start = facts["fish_dip"]["start_gib"], facts[peer]["start_gib"]
         out[f"memory_ratio_{peer}_with_refresh"] = round(max(peak[ours], start[0]) / max(peak[peer], start[1]), 3)
     return out
@@ -217,7 +233,8 @@ def main() -> None:
     parser.add_argument("--target", type=int, default=48, help="target tokens of T5 (default 48)")
     parser.add_argument("--density", type=float, nargs="+", default=[0.005, 0.01], help="shares of weights trained")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=["full", "lora"],
-                        help="whom to compare with; off is fish_dip that computes whole weight gradients")
+                        help="whom to compare with; dense_mask is full finetuning with masks times gradients; off is fish_dip "
+                        "that computes whole weight gradients, 8bit and 4bit that on a packed base")
     parser.add_argument("--turns", type=int, default=6, help="timed steps of each method (default 6)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

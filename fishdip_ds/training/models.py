@@ -61,7 +61,10 @@ def load_model(name: str | None, run: RunConfig, *, gradient_checkpointing: bool
     from transformers.integrations import HfDeepSpeedConfig
 
     dtype = torch.bfloat16 if run.ds.get("bf16", {}).get("enabled") else torch.float32
-    keep = HfDeepSpeedConfig({k: v for k, v in run.ds.items() if k != "fishdip"})  # noqa: F841  alive while loading
+    config = {k: v for k, v in run.ds.items() if k != "fishdip"}
+    if run.fishdip.base_quantization != "none":  # the device takes only what is packed
+        config["zero_optimization"] = {**config["zero_optimization"], "offload_param": {"device": "cpu"}}
+    keep = HfDeepSpeedConfig(config)  # noqa: F841  alive while loading
     logging.getLogger("transformers.integrations.deepspeed").setLevel(logging.ERROR)
     model = load_masked_model(name, dtype, masked_words) if masked_words is not None else load_plain_model(name, dtype, head)
     if gradient_checkpointing:

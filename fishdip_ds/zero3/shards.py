@@ -54,7 +54,7 @@ class TensorShard:
         return getattr(self.param, "packed", None)
 
     def owned(self) -> torch.Tensor:
-        """The owned elements: 1-D [stop - start], the parameter's dtype, no padding. Local; a view, but a copy if ``packed``."""
+        """The owned elements: 1-D [stop - start], the parameter's dtype, no padding. Local; a view, a copy if ``packed``."""
         if self.packed is not None:
             return self.packed.owned()
         return self.param.ds_tensor.data.view(-1)[: self.stop - self.start]

@@ -170,7 +170,7 @@ def test_methods_that_move_every_weight_refuse():
     from fishdip_ds.strategies.registry import strategy_class
 
     for strategy in ("full", "lora", "dps", "weight_mixup", "lt_sft"):
-        with pytest.raises(ConfigError, match='"fishdip.base_quantization" means nothing to strategy'):
+        with pytest.raises(ConfigError, match=r'"fishdip\.base_quantization" means nothing to strategy'):
             FishdipConfig.from_dict({"strategy": strategy, "base_quantization": "4bit"})
     config = FishdipConfig.from_dict({"strategy": "child_tuning_d", "base_quantization": "8bit", "decay_frozen": True})
     with pytest.raises(ConfigError, match="decay_frozen"):
