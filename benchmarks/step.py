@@ -8,8 +8,8 @@ samples. Every method lives in a process of its own and all take their steps in 
 machine does falls on all alike. Prints one JSON object as its last line: ratios are ours divided by theirs, the median
 over turns of the ratio inside a turn, by the wall clock and (``cpu_ratio_*``) by seconds of processor time. Memory is the
 peak resident set above that of the process with the weights loaded, in GiB; selection is measured apart
-(``*_with_refresh`` includes it); ``resident_ratio_*`` is of what stands between steps, weights included. ``gradient_bytes_ratio`` is what one rank of two sends per step for gradients, divided by
-4 bytes x k (a tiny model tells).
+(``*_with_refresh`` includes it); ``resident_ratio_*`` is of what stands between steps, weights included.
+``gradient_bytes_ratio`` is what one rank of two sends per step for gradients, divided by 4 bytes x k (a tiny model tells).
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Worker:
         self.resident = resident_bytes() / GIB - bare
 
     def _mask_gradients(self) -> None:
-        """Full finetuning that multiplies each gradient by a mask of the weight's shape, as the method's published code does."""
+        """Full finetuning that multiplies each gradient by a mask of the weight's shape, as the published code does."""
         import torch
 
         for p in self.engine.module.parameters():

@@ -14,7 +14,8 @@ SPECIFIC = frozenset({
     "select_mode_first", "select_mode_refresh", "worst_count_unit", "active_layers", "drop_rate", "layers", "fisher",
     "decay_frozen", "update_ratio", "masked_update", "search_share", "mixup_folds", "mixup_final_share", "mixup_lr",
     "mixup_radius", "mixup_form", "mixup_legacy", "lora_r", "lora_alpha", "prefix_tokens", "shira_r", "match_density",
-    "score_memory_gib", "loss_scan", "base_quantization"})
+    "score_memory_gib", "loss_scan", "base_quantization",
+    "samples_per_pass"})
 """Settings that belong to some methods only; each method lists its own."""
 
 
@@ -59,6 +60,9 @@ class FishdipConfig:
     score_memory_gib: float = 0.0
     """Most GiB of Fisher scores on a rank at a time; what needs more is scored in groups of weights, by passes of their
     own, and the mask is the same. 0: no bound."""
+    samples_per_pass: int = 1
+    """Samples that share a Fisher pass on a rank, where linear layers, embeddings and norms are all that is scored: fewer
+    gathers and larger products, the same scores to rounding, and more memory for activations."""
     base_quantization: str = "none"
     """Keep the linear layers' weights in 8bit or 4bit (bitsandbytes), those that were ever trained in their own dtype beside
     them; see docs/scaling.md."""
@@ -129,8 +133,8 @@ class FishdipConfig:
         for name in ("mixup_lr", "mixup_radius"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f'"fishdip.{name}" is {getattr(self, name)}; it must be above 0.')
-        for name in ("refresh_interval", "fisher_samples", "scan_batch_size", "active_layers", "mixup_folds", "lora_r",
-                     "lora_alpha", "shira_r", "prefix_tokens"):
+        for name in ("refresh_interval", "fisher_samples", "samples_per_pass", "scan_batch_size", "active_layers",
+                     "mixup_folds", "lora_r", "lora_alpha", "shira_r", "prefix_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f'"fishdip.{name}" is {getattr(self, name)}; it must be at least 1.')
         if not 0 <= self.match_density <= 1:

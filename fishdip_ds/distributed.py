@@ -14,6 +14,9 @@ import torch.distributed as dist
 
 from fishdip_ds.errors import FishdipError
 
+_BESIDE: dict[dist.ProcessGroup | None, dist.ProcessGroup] = {}
+"""Second groups, made once in a process."""
+
 
 class Comm:
     """The data-parallel group, and how many bytes this rank has sent through it, by purpose.
@@ -37,6 +40,24 @@ class Comm:
             dist.all_reduce(tensor, group=self.group)
             self._count(tag, 2 * (self.world - 1) / self.world * tensor.numel() * tensor.element_size())
         return tensor
+
+    def start_all_reduce(self, tensor: torch.Tensor, tag: str) -> dist.Work | None:
+        """``all_reduce`` that does not wait; ``wait`` on what it returns (None: nothing to wait for) before reading."""
+        if self.world == 1:
+            return None
+        self._count(tag, 2 * (self.world - 1) / self.world * tensor.numel() * tensor.element_size())
+        return dist.all_reduce(tensor, group=self.group, async_op=True)
+
+    def beside(self) -> Comm:
+        """The same ranks in a group of its own, whose collectives may run among those of this one. **Collective.**"""
+        if self.world == 1:
+            return self
+        if self.group not in _BESIDE:
+            ranks = None if self.group is None else dist.get_process_group_ranks(self.group)
+            _BESIDE[self.group] = dist.new_group(ranks)
+        other = Comm(_BESIDE[self.group])
+        other.sent_bytes = self.sent_bytes
+        return other
 
     def all_to_all(self, pieces: torch.Tensor, tag: str) -> torch.Tensor:
         """Send row r of ``pieces`` [N, s] to rank r; return [N, s], row r from rank r. One collective."""
@@ -147,4 +168,5 @@ def close_distributed() -> None:
     """Leave the process group; without it gloo may abort at interpreter exit. **Collective.**"""
     if dist.is_initialized():
         dist.barrier()
+        _BESIDE.clear()
         dist.destroy_process_group()

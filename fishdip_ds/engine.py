@@ -33,6 +33,9 @@ from fishdip_ds.zero3.masked_linear import MaskedGradients
 from fishdip_ds.zero3.partition import backward, partition
 from fishdip_ds.zero3.shards import ShardLayout
 
+REDUCE_BUCKET = 5_000_000
+"""``reduce_bucket_size`` where the JSON has none: values that are summed over ranks at a time."""
+
 
 @dataclass(frozen=True)
 class StepStats:
@@ -143,7 +146,7 @@ class Engine(ModelVerbs):
         if self._weight is None:
             raise FishdipError("engine.backward was called without a forward pass with gradients before it; "
                                "call engine(**batch) first, outside torch.no_grad.")
-        self._accumulator.begin(self._weight, loss)
+        self._accumulator.begin(self._weight, loss, last=(self.micro_steps + 1) % self.run.accumulation == 0)
         with self._tap.into(self._accumulator), self._masked.training(backward=True):
             if not self._masked.stops_at(loss):
                 backward(self.deepspeed, loss)
@@ -197,12 +200,16 @@ class Engine(ModelVerbs):
             self.refresh()
 
     def _reduce(self) -> list[float]:
-        """Sum over ranks: [weight, weight x loss, stops, gradient norm x weight, used flag per tensor]. One collective."""
+        """Sum over ranks: [weight, weight x loss, stops, gradient norm x weight, used flag per tensor]. **Collective.**"""
         accumulated = self._accumulator
-        self.comm.all_reduce(accumulated.buffer, tag="gradients")
+        accumulated.reduce()
         norm = torch.linalg.vector_norm(accumulated.gradient)
         # The one host-device synchronisation of a step: the loss, the norm and which tensors were used.
-        return torch.cat([accumulated.totals, norm.view(1), accumulated.used]).tolist()
+        weight, loss, stop, late, *used, norm = torch.cat([accumulated.totals, accumulated.used, norm.view(1)]).tolist()
+        if late:
+            accumulated.add_late()
+            norm = float(torch.linalg.vector_norm(accumulated.gradient))
+        return [weight, loss, stop, norm, *used]
 
     def _update(self, scale: float, clip: float, used: list[bool]) -> None:
         """Make the optimizer step with the summed gradient times ``scale``, clipped by factor ``clip``. **Collective.**"""
@@ -366,7 +373,10 @@ class Engine(ModelVerbs):
 
     def _use(self, mask: Mask, entries: OwnedEntries, step: int) -> None:
         self._mask, self._entries, self._mask_step = mask, entries, step
-        self._accumulator = MaskedAccumulator(self.layout, mask, self.layout.device())
+        zero = self.run.ds["zero_optimization"]
+        self._accumulator = MaskedAccumulator(
+            self.layout, mask, self.layout.device(), bucket_numel=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
+            beside=self.comm.beside() if zero.get("overlap_comm", True) else None)
         with self.selector.timed("plans"):
             self._masked.plan(mask, self._accumulator)
 

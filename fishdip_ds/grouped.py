@@ -79,7 +79,7 @@ class Candidates:
 
 
 def grouped_top(verbs: Verbs, sample_ids: list[int], ranked: Sequence[tuple[Sequence[TensorShard], int]],
-                bound_gib: float, *, train_mode: bool) -> dict[int, torch.Tensor]:
+                bound_gib: float, *, train_mode: bool, per_pass: int = 1) -> dict[int, torch.Tensor]:
     """The k largest Fisher scores of each list of tensors: global flat indices, int32 by tensor, owned, sorted.
 
     **Collective.** At no moment do scores and candidates together take more than ``bound_gib`` on any rank.
@@ -97,7 +97,7 @@ def grouped_top(verbs: Verbs, sample_ids: list[int], ranked: Sequence[tuple[Sequ
     while left:
         held = max(verbs.comm.gather_objects(sum(c.nbytes for c in every)))
         group, left = _next_group(verbs, left, bound_gib, held, k_of)
-        scores = verbs.fisher(sample_ids, train_mode=train_mode, within=group)
+        scores = verbs.fisher(sample_ids, train_mode=train_mode, within=group, per_pass=per_pass)
         with verbs.timed("topk"):
             for candidates in every:
                 if any(t.index in group for t in candidates.tensors):

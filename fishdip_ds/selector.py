@@ -21,6 +21,7 @@ from fishdip_ds.selection.losses import loss_of, losses_of, sample_losses, shift
 from fishdip_ds.selection.mask import Mask
 from fishdip_ds.selection.rng import mix, own_stream, uniform_at
 from fishdip_ds.zero3.gradients import GradientTap, SquareAccumulator
+from fishdip_ds.zero3.sample_squares import SampleSquares
 from fishdip_ds.zero3.shards import ShardLayout
 
 logger = logging.getLogger("fishdip_ds")
@@ -64,6 +65,7 @@ class Selector:
         self.global_batch = global_batch
         self._order: list[list[int]] | None = None
         self._from_logits = False
+        self._one_by_one = False
         self._said: set[str] = set()
         self.report = SelectionReport(0)
 
@@ -106,13 +108,18 @@ class Selector:
         return table
 
     def fisher(self, sample_ids: list[int], *, train_mode: bool = False,
-               within: dict[int, tuple[int, int]] | None = None) -> Scores:
+               within: dict[int, tuple[int, int]] | None = None, per_pass: int = 1) -> Scores:
         """Sum over samples of the squared gradient of each one's own mean loss (gold labels). **Collective.**
 
         Empirical Fisher diagonal, Sung et al. 2021 eq. 4 without the constant; one sample per pass and rank.
         Every rank runs the same number of passes; those without a sample run one of weight zero. ``within`` limits it to
-        ranges of pieces by tensor index; see ``SquareAccumulator``.
+        ranges of pieces by tensor index; see ``SquareAccumulator``. With ``per_pass`` several samples share a pass, where
+        ``sample_squares`` can tell them apart; scores are then equal to rounding, and still the same for any number of ranks.
         """
+        if per_pass > 1 and len(sample_ids) > 1:
+            scores = self._fisher_of_groups(sample_ids, per_pass, train_mode, within)
+            if scores is not None:
+                return scores
         with self.timed("scores"), in_mode(self.module, train_mode), torch.enable_grad():
             squares = SquareAccumulator(self.layout, self.layout.device(), within)
             with self._tap.into(squares):
@@ -124,6 +131,41 @@ class Selector:
                     with own_stream(mix(self._seed, self.report.step, 2, sample)):
                         self._backward(self._mean_loss(self.load([sample])))
         return squares.scores
+
+    def _fisher_of_groups(self, sample_ids: list[int], per_pass: int, train_mode: bool,
+                          within: dict[int, tuple[int, int]] | None) -> Scores | None:
+        """``fisher`` with groups of samples of like length; None where it cannot be had. **Collective.**"""
+        if self._one_by_one:
+            return None
+        with self.timed("scores"), in_mode(self.module, train_mode), torch.enable_grad():
+            with torch.no_grad(), in_mode(self.module, False):
+                self._scan_batches()  # looks whether logits tell the loss
+            if self._loss_fn is None and not self._from_logits:
+                return self._must_go_one_by_one("the model's logits do not tell the losses of its samples")
+            lengths = {i: _length(self._dataset[i]) for i in sample_ids}
+            ids = sorted(sample_ids, key=lambda i: (-lengths[i], i))
+            groups = [ids[at : at + per_pass] for at in range(0, len(ids), per_pass)]
+            squares = SquareAccumulator(self.layout, self.layout.device(), within)
+            batched = SampleSquares(self.module, self.layout, squares)
+            for turn in range(-(-len(groups) // self.comm.world)):
+                number = turn * self.comm.world + self.comm.rank
+                group = groups[number] if number < len(groups) else groups[0]
+                squares.begin(number < len(groups))
+                with own_stream(mix(self._seed, self.report.step, 2, group[0])), batched.passing(len(group)):
+                    loss = self._batch_losses(group, "token_mean").sum()
+                    unknown = sorted({name for names in self.comm.gather_objects(batched.uncovered) for name in names})
+                    if unknown:
+                        return self._must_go_one_by_one(f"{', '.join(unknown[:3])} {'...' if unknown[3:] else ''} are used in "
+                                                        'ways that hide single samples (leave them out of "eligible" to '
+                                                        "share passes)")
+                    batched.backward_begins()
+                    self._backward(loss)
+                    batched.finish()
+        return squares.scores
+
+    def _must_go_one_by_one(self, reason: str) -> None:
+        self._one_by_one = True
+        self.note(f"worst samples are scored one by one: {reason}.")
 
     def uniform(self, purpose: int = 3) -> Scores:
         """Random scores in [0, 1), the same for any number of ranks. Local."""

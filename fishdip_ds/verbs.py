@@ -141,7 +141,7 @@ class Verbs(Selector):
             return self._share(owned)
 
     def top_fisher(self, sample_ids: list[int], density: float, *, bound_gib: float = 0.0, scope: str = "model",
-                   always_on: Sequence[str] = (), train_mode: bool = False) -> Mask:
+                   always_on: Sequence[str] = (), train_mode: bool = False, per_pass: int = 1) -> Mask:
         """``top`` of ``fisher``, bitwise, with at most ``bound_gib`` of scores on any rank at a time (0: no bound).
 
         Under a bound the Fisher passes are run again for each group of weights whose scores fit.
@@ -150,10 +150,11 @@ class Verbs(Selector):
         per_rank = 4 * sum(self.layout.piece_numel(t) for t in ranked)
         if not bound_gib or per_rank <= bound_gib * 2**30:
             self.report.score_bytes = per_rank
-            return self.top(self.fisher(sample_ids, train_mode=train_mode), density, scope=scope, always_on=always_on)
+            scores = self.fisher(sample_ids, train_mode=train_mode, per_pass=per_pass)
+            return self.top(scores, density, scope=scope, always_on=always_on)
         lists = ([([t], math.ceil(t.numel * density)) for t in ranked] if scope == "tensor"
                  else [(ranked, self._k(sum(t.numel for t in ranked), density))])
-        owned = grouped_top(self, sample_ids, lists, bound_gib, train_mode=train_mode)
+        owned = grouped_top(self, sample_ids, lists, bound_gib, train_mode=train_mode, per_pass=per_pass)
         for t in whole:
             owned[t.index] = self._all_of(t)
         return self._share(owned)

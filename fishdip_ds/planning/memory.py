@@ -13,8 +13,8 @@ from fishdip_ds.zero3.shards import matches
 
 INDEX, FP32, POSITION = 4, 4, 8
 """Bytes of an entry of the mask, of a score or gradient, of an owned position (int64)."""
-TOTALS = 3
-"""Scalars that travel behind the k-vector, and one more of each tensor."""
+TOTALS = 4
+"""Scalars that travel before the k-vector, and one more of each tensor."""
 
 
 def eligible(model: ModelShape, setting: Setting) -> list[TensorShape]:

@@ -80,7 +80,8 @@ class Strategy:
     def top_fisher(self, verbs: Verbs, sample_ids: list[int], *, train_mode: bool = False) -> Mask:
         """The mask of the largest Fisher scores of samples, within ``score_memory_gib``. **Collective.**"""
         return verbs.top_fisher(sample_ids, self.config.density, bound_gib=self.config.score_memory_gib,
-                                scope=self.config.scope, always_on=self.config.always_on, train_mode=train_mode)
+                                scope=self.config.scope, always_on=self.config.always_on, train_mode=train_mode,
+                                per_pass=self.config.samples_per_pass)
 
     def epoch_ids(self, epoch: int, n_samples: int) -> Sequence[int] | None:
         """The samples that epoch ``epoch`` (from 0) may hold; None: all of them. The same on every rank."""

@@ -22,7 +22,7 @@ class Fish(Strategy):
     """FISH Mask: one Fisher mask of random samples, for the whole run."""
 
     needs_samples = True
-    settings = MASK_SETTINGS | {"fisher_samples", "score_memory_gib"}
+    settings = MASK_SETTINGS | {"fisher_samples", "score_memory_gib", "samples_per_pass"}
 
     def select(self, verbs: Verbs, step: int) -> Mask:
         """Fisher of ``fisher_samples`` random training samples, then the top k."""
@@ -43,7 +43,7 @@ class RandomSamples(Periodic):
     """FISH-DIP's schedule on as many random samples in place of the worst."""
 
     needs_samples = True
-    settings = MASK_SETTINGS | {"refresh_interval", "worst_samples", "score_memory_gib"}
+    settings = MASK_SETTINGS | {"refresh_interval", "worst_samples", "score_memory_gib", "samples_per_pass"}
 
     def select(self, verbs: Verbs, step: int) -> Mask:
         """Other samples each time; the number is FISH-DIP's."""

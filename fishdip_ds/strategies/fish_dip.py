@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fishdip_ds.verbs import Verbs
 
 RANKING_SETTINGS = frozenset({"worst_samples", "sample_loss", "worst_count_unit", "select_mode_first", "select_mode_refresh",
-                              "score_memory_gib"})
+                              "score_memory_gib", "samples_per_pass"})
 """Settings of methods that look for the worst samples."""
 
 

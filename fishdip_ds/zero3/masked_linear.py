@@ -231,6 +231,7 @@ class MaskedGradients:
             self._said = True
             self._say_dense(tensor, plan)
         mask_plan.WAYS[way](sums, plan, g, x, self._accumulator.weight)
+        self._accumulator.done(tensor.index)
 
     @torch.no_grad()
     def take_embedding(self, weight: nn.Parameter, g: torch.Tensor, ids: torch.Tensor, padding: int) -> None:
@@ -238,6 +239,7 @@ class MaskedGradients:
         tensor = self._matrices[weight]
         if (sums := self._sums(tensor)) is not None:
             mask_plan.looked_up(sums, self._plans[tensor.index], g, ids, padding, self._accumulator.weight)
+            self._accumulator.done(tensor.index)
 
     def _sums(self, tensor: TensorShard) -> torch.Tensor | None:
         """The tensor's piece of the k-vector, or None where nothing is to be added."""

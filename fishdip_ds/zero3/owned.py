@@ -27,7 +27,7 @@ class SumAccumulator:
         self.used = torch.zeros(len(layout.tensors), dtype=torch.float32, device=device)
         """fp32 [tensors], this rank's: 1 where a gradient was seen."""
 
-    def begin(self, weight: float, loss: torch.Tensor) -> None:
+    def begin(self, weight: float, loss: torch.Tensor, *, last: bool = False) -> None:
         """Note the coming backward pass: its ``weight`` (target tokens or samples) and mean loss (0-D)."""
         self._weight = weight
         if weight:
