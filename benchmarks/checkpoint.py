@@ -24,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from step import SIZES, build_model
+from models import SIZES, build_model
 
 METHODS = ("fish_dip", "full", "lora")
 

@@ -6,13 +6,21 @@ import importlib.util
 import os
 from pathlib import Path
 
+GATED = {"feed_forward_proj": "gated-gelu", "vocab_size": 32128, "num_layers": 24, "d_kv": 64}
 SIZES = {"base": {"d_model": 768, "d_kv": 64, "num_heads": 12, "d_ff": 3072, "num_layers": 12, "vocab_size": 32128},
+         "xl": {**GATED, "d_model": 2048, "num_heads": 32, "d_ff": 5120},
+         "xxl": {**GATED, "d_model": 4096, "num_heads": 64, "d_ff": 10240},
          "tiny": {"d_model": 64, "d_kv": 16, "num_heads": 4, "d_ff": 128, "num_layers": 2, "vocab_size": 512}}
+LLAMA = {"llama7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+                     "vocab_size": 32000},
+         "llama_tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+                        "vocab_size": 512}}
 SMOLLM2 = "smollm2"
+ALL = (*SIZES, *LLAMA, SMOLLM2)
 
 
 def build_model(size: str, dtype, layers: int = 0):
-    """A randomly initialised T5 v1.0 of that size (with ``layers`` blocks a stack), or SmolLM2-135M-Instruct."""
+    """A randomly initialised T5 or Llama of that size (with ``layers`` blocks a stack), or SmolLM2-135M-Instruct."""
     import torch
 
     if size == SMOLLM2:
@@ -20,13 +28,16 @@ def build_model(size: str, dtype, layers: int = 0):
 
         folder, name = smollm2_file()
         return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
-    from transformers import T5Config, T5ForConditionalGeneration
+    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
-    sizes = {**SIZES[size], **({"num_layers": layers} if layers else {})}
-    model = T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0))
+    if size in LLAMA:
+        model = LlamaForCausalLM(LlamaConfig(**{**LLAMA[size], **({"num_hidden_layers": layers} if layers else {})}))
+    else:
+        sizes = {**SIZES[size], **({"num_layers": layers} if layers else {})}
+        model = T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0))
     torch.set_default_dtype(before)
     return model
 
@@ -41,14 +52,19 @@ def smollm2_file() -> tuple[Path, str]:
 
 
 def build_data(size: str, batch: int, source: int, target: int, seed: int):
-    """(items, collate): random tokens for T5, of ``source`` and ``target`` length; sentences of CrossNER for SmolLM2."""
+    """(items, collate): random tokens of ``source`` and ``target`` length (one after the other for Llama, the target alone
+    labelled); sentences of CrossNER for SmolLM2.
+    """
     import torch
 
     if size == SMOLLM2:
         return crossner(batch * 16)
-    generator, vocabulary = torch.Generator().manual_seed(seed), SIZES[size]["vocab_size"]
+    generator, vocabulary = torch.Generator().manual_seed(seed), {**SIZES, **LLAMA}[size]["vocab_size"]
     items = [{"input_ids": torch.randint(2, vocabulary, (source,), generator=generator),
               "labels": torch.randint(2, vocabulary, (target,), generator=generator)} for _ in range(batch * 4)]
+    if size in LLAMA:
+        items = [{"input_ids": torch.cat([i["input_ids"], i["labels"]]),
+                  "labels": torch.cat([torch.full((source,), -100), i["labels"]])} for i in items]
     return items, lambda rows: {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
 
 

@@ -5,13 +5,14 @@
 A mask every 100 steps of 32 samples, from the 25 worst (arXiv 2311.03748 and its code), on training sets of the sizes of
 CoNLL04 (922) and CoNLL03 (14,041) and on the 10 % of them that the paper trains on (92 and 1,404). Model and lengths are
 scaled to this machine: a T5 with random weights, sentences of 8 to 40 tokens, one process. Each set is measured with the
-loss scan and with running losses (``"loss_scan": "running"``). ``share`` is refresh / (refresh + 100 steps); all times are
-of one run. Prints one JSON object as its last line.
+loss scan and with running losses (``"loss_scan": "running"``), with samples one by one and several to a pass. ``share`` is
+refresh / (refresh + 100 steps); all times are of one run. Prints one JSON object as its last line.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -33,7 +34,7 @@ def sentences(n: int, vocabulary: int) -> list[dict]:
              for key, length in zip(("input_ids", "labels"), pair, strict=True)} for pair in lengths]
 
 
-def measure(args: argparse.Namespace, n: int, mode: str) -> dict:
+def measure(args: argparse.Namespace, n: int, mode: str, per_pass: int) -> dict:
     """Step and refresh of one training set in one mode, in seconds."""
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
@@ -48,7 +49,7 @@ def measure(args: argparse.Namespace, n: int, mode: str) -> dict:
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100_000},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
         "fishdip": {"density": args.density, "refresh_interval": 10**9, "worst_samples": args.worst, "loss_scan": mode,
-                    "score_memory_gib": args.score_memory_gib}}
+                    "score_memory_gib": args.score_memory_gib, "samples_per_pass": per_pass}}
     engine, _, loader, _ = fishdip_ds.initialize(model, config, sentences(n, SIZES[args.size]["vocab_size"]), Collator(0))
     engine.refresh()  # running losses begin with a scan; both modes are measured at a later mask
     seconds = []
@@ -80,6 +81,8 @@ def main() -> None:
     parser.add_argument("--worst", type=int, default=25, help="samples that feed the scores (default 25)")
     parser.add_argument("--density", type=float, default=0.01, help="share of weights trained (default 0.01)")
     parser.add_argument("--score_memory_gib", type=float, default=0.0, help="bound of the scores' memory (default none)")
+    parser.add_argument("--samples_per_pass", type=int, nargs="+", default=[1, 8], help="samples that share a Fisher pass "
+                        "(default 1 and 8)")
     parser.add_argument("--steps", type=int, default=8, help="timed steps (default 8)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
     args = parser.parse_args()
@@ -90,12 +93,11 @@ def main() -> None:
 
     init_distributed()
     rows = {}
-    print(f"{'sentences':>10} {'mode':8}{'step s':>9}{'refresh s':>11}{'share %':>9}  parts, s")
-    for n in args.sentences:
-        for mode in MODES:
-            row = rows[f"{n}/{mode}"] = measure(args, n, mode)
-            print(f"{n:>10} {mode:8}{row['step_s']:>9.3f}{row['refresh_s']:>11.2f}{100 * row['share']:>9.2f}  "
-                  f"{row['parts_s']}", flush=True)
+    print(f"{'sentences':>10} {'mode':8}{'per pass':>9}{'step s':>9}{'refresh s':>11}{'share %':>9}  parts, s")
+    for n, mode, per_pass in itertools.product(args.sentences, MODES, args.samples_per_pass):
+        row = rows[f"{n}/{mode}/{per_pass}"] = measure(args, n, mode, per_pass)
+        print(f"{n:>10} {mode:8}{per_pass:>9}{row['step_s']:>9.3f}{row['refresh_s']:>11.2f}{100 * row['share']:>9.2f}  "
+              f"{row['parts_s']}", flush=True)
     close_distributed()
     print(json.dumps({"rows": rows, "settings": vars(args),
                       "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}))

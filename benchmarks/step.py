@@ -27,12 +27,24 @@ import threading
 import time
 from pathlib import Path
 
-from models import SIZES, SMOLLM2, build_data, build_model
+from models import ALL, build_data, build_model
 
-PEERS = ("full", "lora", "shira", "ia3", "dense_mask", "off", "8bit", "4bit")
-OURS = ("fish_dip", "off", "8bit", "4bit")
-"""Ours: as it is, without masked gradients, and on a packed base."""
+PEERS = ("full", "lora", "shira", "ia3", "dense_mask", "off", "8bit", "4bit", "offload")
+OURS = ("fish_dip", "off", "8bit", "4bit", "offload")
+"""Ours: as it is, without masked gradients, on a packed base, and with weight shards in host memory."""
 GIB = 1024**3
+
+
+class DeviceMemory:
+    """``PeakMemory`` of a GPU, as torch's allocator counts."""
+
+    def take(self) -> float:
+        """Peak in GiB since the last ``take``."""
+        import torch
+
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / GIB
 
 
 class PeakMemory:
@@ -57,7 +69,11 @@ class PeakMemory:
 
 
 def resident_bytes() -> int:
-    """Resident set size of this process in bytes."""
+    """Resident set size of this process in bytes; with a GPU, what is allocated there."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -86,8 +102,14 @@ class Worker:
             "train_micro_batch_size_per_gpu": args.batch, "gradient_clipping": 1.0, "bf16": {"enabled": args.dtype == "bf16"},
             "zero_optimization": {"stage": 3, "reduce_bucket_size": 5_000_000, "stage3_param_persistence_threshold": 100_000},
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}, "fishdip": section}
+        if args.worker == "offload":
+            config["zero_optimization"]["offload_param"] = {"device": "cpu"}
         ctypes.CDLL(None).malloc_trim(0)
-        self.loaded, self.memory = resident_bytes() / GIB, PeakMemory()
+        self.gpu = torch.cuda.is_available()
+        # On a GPU the weights are not there yet; their bytes are taken off, so that figures mean the same.
+        weights = sum(p.numel() * p.element_size() for p in model.parameters()) / GIB if self.gpu else 0.0
+        self.loaded = resident_bytes() / GIB + weights
+        self.memory = DeviceMemory() if self.gpu else PeakMemory()
         self.engine, _, self.loader, _ = fishdip_ds.initialize(model, config, items, collate)
         self.engine.train()
         if args.worker == "dense_mask":
@@ -122,9 +144,13 @@ class Worker:
         engine.set_mask(self.masks[self.args.density[0]])
 
     def _step(self, batch: dict) -> tuple[float, float]:
+        import torch
+
         wall, cpu = time.perf_counter(), time.process_time()
         self.engine.backward(self.engine(**batch).loss)
         self.engine.step()
+        if self.gpu:
+            torch.cuda.synchronize()
         return time.perf_counter() - wall, time.process_time() - cpu
 
     def step(self, turn: int, density: float | None = None) -> dict:
@@ -176,6 +202,11 @@ class Method:
         self.process.stdin.flush()
         return self._answer()
 
+    def close(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait()
+
 
 def environment() -> dict[str, str]:
     """Threads that wait must not spin while another method has its turn."""
@@ -184,7 +215,7 @@ def environment() -> dict[str, str]:
 
 def flags(args: argparse.Namespace, **more: object) -> list[str]:
     """The command line that gives a worker these settings."""
-    values = {k: getattr(args, k) for k in ("size", "dtype", "batch", "source", "target", "threads", "layers")}
+    values = {k: getattr(args, k) for k in ("size", "dtype", "batch", "source", "target", "threads", "layers", "turns")}
     return [*(f"--{k}={v}" for k, v in {**values, **more}.items()), "--density", *map(str, args.density)]
 
 
@@ -222,10 +253,38 @@ def summary(turns: list[dict], facts: dict[str, dict], density: float, peers: li
     return out
 
 
+def rows_of(method: Method, args: argparse.Namespace, number: int) -> dict[str, dict]:
+    """One turn of a method: a row, or for ours one of each density."""
+    if method.name != "fish_dip":
+        return {method.name: method.step(turn=number)}
+    return {f"fish_dip {d}": method.step(turn=number, density=d) for d in args.density}
+
+
+def in_turn(args: argparse.Namespace) -> tuple[dict[str, dict], list[dict]]:
+    """Facts of all methods, and their turns: all are alive and take one step each."""
+    methods = [Method(name, args) for name in [*args.peers, "fish_dip"]]
+    turns = [{k: row for m in methods for k, row in rows_of(m, args, number).items()} for number in range(args.turns)]
+    for method in methods:
+        method.close()
+    return {m.name: m.facts for m in methods}, turns
+
+
+def one_after_the_other(args: argparse.Namespace) -> tuple[dict[str, dict], list[dict]]:
+    """The same with one method alive at a time, for a GPU that cannot hold all."""
+    facts, turns = {}, [{} for _ in range(args.turns)]
+    for name in [*args.peers, "fish_dip"]:
+        method = Method(name, args)
+        facts[name] = method.facts
+        for number, turn in enumerate(turns):
+            turn.update(rows_of(method, args, number))
+        method.close()
+    return facts, turns
+
+
 def main() -> None:
     """Measure all methods and print the table and the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=[*SIZES, SMOLLM2], default="base", help="model (default base: T5 of 223M)")
+    parser.add_argument("--size", choices=ALL, default="base", help="model (default base: T5 of 223M)")
     parser.add_argument("--layers", type=int, default=0, help="blocks of a T5 stack (default: the size's)")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="weights and activations")
     parser.add_argument("--batch", type=int, default=4, help="samples per step (default 4)")
@@ -234,9 +293,11 @@ def main() -> None:
     parser.add_argument("--density", type=float, nargs="+", default=[0.005, 0.01], help="shares of weights trained")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=["full", "lora"],
                         help="whom to compare with; dense_mask is full finetuning with masks times gradients; off is fish_dip "
-                        "that computes whole weight gradients, 8bit and 4bit that on a packed base")
+                        "that computes whole weight gradients, 8bit and 4bit on a packed base, offload with weight shards in "
+                        "host memory (on a CPU that is where they are)")
     parser.add_argument("--turns", type=int, default=6, help="timed steps of each method (default 6)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: all)")
+    parser.add_argument("--apart", action="store_true", help="one method at a time, where the device cannot hold all")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--worker_out", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -245,22 +306,15 @@ def main() -> None:
         if not args.worker_out:
             worker.serve()
             os._exit(0)
+        steps = [worker.step(number) for number in range(args.turns)]
+        middle = {key: statistics.median(s[key] for s in steps) for key in steps[0]}
         if worker.comm.rank == 0:
-            Path(args.worker_out).write_text(json.dumps(worker.facts()))
+            Path(args.worker_out).write_text(json.dumps({**worker.facts(), **middle}))
         from fishdip_ds.distributed import close_distributed
 
         close_distributed()
         return
-    methods = {name: Method(name, args) for name in ["fish_dip", *args.peers]}
-    facts, turns = {name: m.facts for name, m in methods.items()}, []
-    for number in range(args.turns):
-        turn = {peer: methods[peer].step(turn=number) for peer in args.peers}
-        for density in args.density:
-            turn[f"fish_dip {density}"] = methods["fish_dip"].step(turn=number, density=density)
-        turns.append(turn)
-    for method in methods.values():
-        method.process.stdin.close()
-        method.process.wait()
+    facts, turns = one_after_the_other(args) if args.apart else in_turn(args)
     middle = {m: {k: statistics.median(t[m][k] for t in turns) for k in turns[0][m]} for m in turns[0]}
     print(f"{'':16}{'s/step':>9}{'cpu s':>9}{'peak GiB':>10}")
     for name, row in middle.items():

@@ -18,3 +18,35 @@ def test_checkpoint_benchmark(tmp_path):
     assert set(result["methods"]) == {"fish_dip", "full", "lora"} and not list(tmp_path.iterdir())
     assert all(row["bytes"] > 0 and row["seconds"] > 0 for row in result["methods"].values())
     assert result["bytes_ratio_full"] < 0.5 and result["methods"]["fish_dip"]["wait_ms"] > 0
+
+
+def _run(script: str, *flags: str, timeout: int = 600) -> dict:
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / script), *flags], capture_output=True, text=True,
+                          timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_step_benchmark():
+    peers = ["full", "shira", "ia3", "dense_mask", "4bit", "offload"]
+    result = _run("step.py", "--size", "llama_tiny", "--turns", "1", "--threads", "1", "--density", "0.01", "--apart",
+                  "--peers", *peers)
+    assert set(result["methods"]) == {*peers, "fish_dip 0.01"}
+    ratios = result["by_density"]["0.01"]
+    assert all(ratios[f"time_ratio_{p}"] > 0 and ratios[f"resident_ratio_{p}"] > 0 for p in peers)
+    assert 0.9 < result["gradient_bytes_ratio"] < 1.1
+
+
+def test_selection_benchmark():
+    result = _run("selection.py", "--million", "0.5", "--turns", "1", "--ranks", "2")
+    assert set(result["rows"]["2"]["seconds"]) == {"ours", "gather", "local"}
+    assert result["rows"]["2"]["sent_bytes"]["ours"] < result["rows"]["2"]["sent_bytes"]["gather"]
+
+
+def test_scaling_benchmark(tmp_path):
+    result = _run("scaling.py", "--size", "tiny", "--sweeps", "ranks", "--points", "2", "--turns", "1", "--threads", "1",
+                  "--out", str(tmp_path))
+    row = result["rows"]["ranks"]["2"]
+    assert row["sent_bytes"]["fish_dip"] < row["sent_bytes"]["full"]
+    assert (tmp_path / "scaling.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "scaling.json").read_text())["rows"] == result["rows"]

@@ -11,6 +11,7 @@ Blocks are cut from the whole tensor and never across ranks: what a base is roun
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from fishdip_ds.errors import ConfigError
 from fishdip_ds.fingerprint import partial_fingerprint
 from fishdip_ds.selection.mask import union_sorted
 
@@ -209,10 +211,15 @@ def pack_model(model: nn.Module, kind: str, *, offload: bool) -> None:
 
     Args:
         offload: shards and codes live in host memory.
+
+    Raises:
+        ConfigError: bitsandbytes is missing.
     """
     from deepspeed.accelerator import get_accelerator
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a kernel that nothing here uses
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f'"fishdip.base_quantization" {kind} needs bitsandbytes; install fishdip_ds[quant].')
     device = torch.device("cpu" if offload else get_accelerator().current_device_name())
     for param in packable(model):
         param.all_gather()

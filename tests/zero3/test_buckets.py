@@ -85,7 +85,7 @@ def test_sums_are_the_same(world, kind, masked, accumulation):
     whole = run(world, _train, kind, 10**9, False, masked, accumulation)
     parts = run(world, _train, kind, 100, True, masked, accumulation)
     after = run(world, _train, kind, 100, False, masked, accumulation)
-    for (seen, weights, early, late), (seen_1, weights_1, early_1, _), (seen_2, weights_2, early_2, _) in zip(
+    for (seen, weights, early, _), (seen_1, weights_1, early_1, _), (seen_2, weights_2, early_2, _) in zip(
             parts, whole, after, strict=True):
         assert [s[2] for s in seen] == [s[2] for s in seen_1] and early_1 == early_2 == 0
         assert torch.allclose(weights, weights_1, rtol=1e-4, atol=1e-6)
