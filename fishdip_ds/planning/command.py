@@ -15,6 +15,7 @@ FLAGS = {
     "density": "share of the eligible weights that is trained", "micro_batch": "samples per rank and forward pass",
     "accumulation": "forward passes per optimizer step", "source": "source tokens", "target": "target tokens",
     "refresh_interval": "optimizer steps between masks", "worst_samples": "samples that feed the scores",
+    "samples_per_pass": "of those, how many share a Fisher pass",
     "train_samples": "training samples, for the loss scan", "scan_batch": "samples per forward pass of the loss scan",
     "score_memory_gib": "bound of the scores' memory; 0: none", "lora_r": "rank of LoRA's adapters",
     "ever": "entries that any mask has held, in multiples of one mask", "persistence": "stage3_param_persistence_threshold",

@@ -122,7 +122,7 @@ def step(model: ModelShape, setting: Setting, work: Work) -> dict[str, float]:
 
 
 def refresh(model: ModelShape, setting: Setting, work: Work) -> dict[str, float]:
-    """Bytes that come and go with the Fisher passes of a refresh, at their peak; ``work`` is of one sample."""
+    """Bytes that come and go with the Fisher passes of a refresh, at their peak; ``work`` is of one pass."""
     world = setting.world
     scores = FP32 * sum(-(-t.numel // world) for t in eligible(model, setting))
     bound = setting.score_memory_gib * 2**30

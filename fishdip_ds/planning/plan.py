@@ -66,11 +66,12 @@ class Planner:
         flops = {"step": setting.accumulation * self._step_flops(setting, batch, setting.micro_batch * again)}
         refresh_bytes = traffic.refresh(model, setting)
         if setting.strategy == "ours":
-            moments["refresh"] = memory.refresh(model, setting, one)
+            few = counter.count(setting.samples_per_pass, setting.source, setting.target)
+            moments["refresh"] = memory.refresh(model, setting, few)
             moments["loss scan"] = memory.scan(model, setting, one.logits * setting.scan_batch)
             turns = traffic.passes(setting) * traffic.score_groups(model, setting)
             flops["refresh"] = (setting.train_samples / setting.world * one.forward_flops
-                                + turns * (one.forward_flops + one.backward_flops + again))
+                                + turns * (few.forward_flops + few.backward_flops + setting.samples_per_pass * again))
         step_bytes = traffic.step(model, setting)
         trained = {"ours": memory.mask_count(model, setting), "full": model.numel,
                    "lora": memory.lora_numel(model, setting.lora_r)}[setting.strategy]

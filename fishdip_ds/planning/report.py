@@ -10,9 +10,10 @@ from fishdip_ds.planning.traffic import passes, score_groups
 def text(plan: Plan, model: ModelShape, advice: list[str]) -> str:
     """Tables of memory, traffic, and time."""
     s = plan.setting
-    lines = [f"{plan.model}: {plan.weights:,} weights, {plan.trained:,} trained at a time ({s.strategy}), {s.world} ranks on "
-             f"{s.nodes} node{'s' if s.nodes > 1 else ''}, micro batch {s.micro_batch} x {s.accumulation}, "
-             f"{s.source}/{s.target} tokens, {'bf16' if s.itemsize == 2 else 'fp32'}", ""]
+    ranks = f"{s.world} rank{'s' if s.world > 1 else ''} on {s.nodes} node{'s' if s.nodes > 1 else ''}"
+    lines = [f"{plan.model}: {plan.weights:,} weights, {plan.trained:,} trained at a time ({s.strategy}), {ranks}, micro "
+             f"batch {s.micro_batch} x {s.accumulation}, {s.source}/{s.target} tokens, {'bf16' if s.itemsize == 2 else 'fp32'}"
+             f"{'' if s.base_quantization == 'none' else ', linear weights in ' + s.base_quantization}", ""]
     lines += _table("bytes per rank, between steps", plan.persistent, GIB, "GiB")
     for moment, parts in plan.moments.items():
         lines += _table(f"and at the peak of a {moment}", parts, GIB, "GiB")

@@ -47,6 +47,8 @@ class Setting:
     """Weight shards in host memory (``offload_param``)."""
     refresh_interval: int = 100
     worst_samples: int = 25
+    samples_per_pass: int = 1
+    """Worst samples that share a Fisher pass."""
     train_samples: int = 1000
     """Training samples: what the loss scan reads."""
     scan_batch: int = 32
@@ -73,8 +75,8 @@ class Setting:
         if not 0 < self.density <= 1:
             raise ConfigError(f"--density is {self.density}, but a share must lie in (0, 1]; 1 percent is 0.01.")
         for name in ("gpus_per_node", "nodes", "memory_gib", "gpu_gbps", "node_gbps", "tflops", "micro_batch",
-                     "accumulation", "source", "target", "refresh_interval", "worst_samples", "train_samples",
-                     "scan_batch", "lora_r"):
+                     "accumulation", "source", "target", "refresh_interval", "worst_samples", "samples_per_pass",
+                     "train_samples", "scan_batch", "lora_r"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"--{name} is {getattr(self, name)}; it must be above 0.")
 
@@ -95,7 +97,8 @@ def from_run(run: RunConfig) -> dict[str, object]:
         **{ours: int(zero[theirs]) for ours, theirs in names.items() if theirs in zero},
         "strategy": fishdip.strategy if fishdip.strategy in STOCK else "ours",
         "optimizer": run.ds["optimizer"]["type"], "itemsize": 2 if run.ds.get("bf16", {}).get("enabled") else 4,
-        "density": fishdip.density, "refresh_interval": fishdip.refresh_interval, "scan_batch": fishdip.scan_batch_size,
+        "density": fishdip.density, "samples_per_pass": fishdip.samples_per_pass,
+        "refresh_interval": fishdip.refresh_interval, "scan_batch": fishdip.scan_batch_size,
         **({"worst_samples": worst} if isinstance(worst, int) else {}), "score_memory_gib": fishdip.score_memory_gib,
         "base_quantization": fishdip.base_quantization, "eligible": fishdip.eligible, "lora_r": fishdip.lora_r,
         "micro_batch": run.micro_batch, "accumulation": run.accumulation,

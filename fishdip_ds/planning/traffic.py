@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fishdip_ds.planning.memory import (
     FP32,
     INDEX,
@@ -56,8 +58,9 @@ def step(model: ModelShape, setting: Setting) -> dict[str, float]:
 
 
 def passes(setting: Setting) -> int:
-    """Fisher passes of one refresh, for each group of scores: one worst sample on each rank."""
-    return -(-min(setting.worst_samples, setting.train_samples) // setting.world)
+    """Fisher passes of one refresh, for each group of scores: one worst sample on each rank, or a few."""
+    samples = min(setting.worst_samples, setting.train_samples)
+    return math.ceil(math.ceil(samples / setting.samples_per_pass) / setting.world)
 
 
 def score_groups(model: ModelShape, setting: Setting) -> int:

@@ -13,6 +13,7 @@ from fishdip_ds.checkpoint.delta import STORES, Delta, export_delta
 from fishdip_ds.checkpoint.merged import parse_size, write_merged
 from fishdip_ds.checkpoint.rules import RULES, check_rule
 from fishdip_ds.errors import ConfigError
+from fishdip_ds.strategies.registry import STOCK
 from fishdip_ds.training.taskfile import NAME
 
 EMBEDDED = "embedded T5"
@@ -65,6 +66,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _delta(run: Path, tag: str | None, out: Path, store: str = "values", base: Path | None = None) -> None:
     config, results = read_config(run), run / "results.json"
+    refuse_stock(run, config)
     scores = json.loads(results.read_text(encoding="utf-8"))["after"] if results.is_file() else {}
     named = config["flags"]["model"] or EMBEDDED
     export_delta(run / "checkpoints", out, tag, {
@@ -96,6 +98,14 @@ def base_folder(named: str | None) -> Path:
     from fishdip_ds.training.models import embedded_model
 
     return embedded_model() if named == EMBEDDED else Path(str(named))
+
+
+def refuse_stock(run: Path, config: dict) -> None:
+    """``ConfigError`` if a run was one of stock DeepSpeed, whose checkpoints are DeepSpeed's own."""
+    strategy = config["deepspeed"]["fishdip"]["strategy"]
+    if strategy in STOCK:
+        raise ConfigError(f'{run} is a run of the baseline "{strategy}", which changes no mask\'s entries: there is no delta '
+                          f"of it. With --export it has its model, or its adapter, in {run / 'model'}.")
 
 
 def read_config(run: Path) -> dict:

@@ -15,7 +15,7 @@ from fishdip_ds.checkpoint.delta import DELTA, FACTS, Delta
 from fishdip_ds.checkpoint.files import MANIFEST, STATE, read_folder
 from fishdip_ds.errors import ConfigError
 from fishdip_ds.monitoring import module_kind
-from fishdip_ds.training.export import base_folder, read_config
+from fishdip_ds.training.export import base_folder, read_config, refuse_stock
 
 
 @dataclass
@@ -65,7 +65,9 @@ def open_holdings(folder: Path, tag: str | None, model: Path | None) -> Holdings
                         {name: at for name, (at, _) in delta.entries.items()}, None, _sizes(folder, DELTA, FACTS),
                         lambda name: delta.entries[name][1], delta.facts["store"], base if base.is_dir() else None)
     if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
-        named = read_config(folder)["flags"]["model"]
+        config = read_config(folder)
+        refuse_stock(folder, config)
+        named = config["flags"]["model"]
         base = model or base_folder(named or "embedded T5")
         return _checkpoint(folder / "checkpoints", tag, base if base.is_dir() else None)
     if (folder / MANIFEST).is_file():

@@ -108,3 +108,23 @@ def test_training_warns_before_memory_is_gone():
     words = warning(tiny_t5(tied=False), run, **lengths, memory_gib=0.33)
     assert words.startswith("warning: the run does not fit: ") and "micro batch 32 with 2 accumulation steps" in words
     assert 0.1 < memory_of_rank() < 10_000
+
+
+def test_a_packed_base_fits_where_the_full_one_does_not():
+    planner = Planner(find("flan-t5-xxl"))
+    setting = Setting(memory_gib=24, micro_batch=4, checkpointing=True, density=0.005, score_memory_gib=4)
+    full, packed = planner.plan(setting), planner.plan(Setting(**{**vars(setting), "base_quantization": "4bit"}))
+    assert not full.fits and packed.fits
+    assert any('"fishdip.base_quantization": "4bit"' in words for words in planner.advice(full))
+    # 4.5 bits a linear weight, 16 of the embeddings and the head
+    rest = sum(t.numel for t in planner.model.tensors if not t.packable)
+    expected = 4.5 / 8 * (planner.model.numel - rest) + 2 * rest
+    assert packed.persistent["weight shard"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_samples_that_share_a_pass_save_passes_and_squares():
+    planner = Planner(find("flan-t5-base"))
+    setting = Setting(gpus_per_node=2, worst_samples=25)
+    alone, shared = planner.plan(setting), planner.plan(Setting(**{**vars(setting), "samples_per_pass": 5}))
+    assert shared.refresh_bytes["scores"] == pytest.approx(alone.refresh_bytes["scores"] * 3 / 13)
+    assert sum(shared.moments["refresh"].values()) > sum(alone.moments["refresh"].values())

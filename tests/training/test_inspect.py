@@ -107,3 +107,16 @@ def test_the_script_does_not_hide_pythons_inspect(runs):
     code = "import sys; sys.path.insert(0, 'launch'); import inspect; print(inspect.signature(lambda a: a), inspect.__file__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.startswith("(a) ") and "launch" not in done.stdout, done.stderr[-2000:]
+
+
+def test_a_run_of_a_baseline_is_refused_by_its_name(tmp_path):
+    from fishdip_ds.errors import ConfigError
+    from fishdip_ds.training.export import main
+
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/config.json").write_text(json.dumps(
+        {"flags": {"model": None}, "deepspeed": {"fishdip": {"strategy": "lora"}}}))
+    with pytest.raises(ConfigError, match='is a run of the baseline "lora"'):
+        open_holdings(tmp_path / "run", None, None)
+    with pytest.raises(ConfigError, match='is a run of the baseline "lora"'):
+        main(["delta", "--from_run", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
