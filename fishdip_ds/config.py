@@ -59,7 +59,7 @@ class FishdipConfig:
     sample, after one scan before the first mask; no extra forward, but dropout is on and weights were older."""
     score_memory_gib: float = 0.0
     """Most GiB of Fisher scores on a rank at a time; what needs more is scored in groups of weights, by passes of their
-    own, and the mask is the same. 0: no bound."""
+    own, and the mask is the same. 0: what is free when a mask is chosen."""
     samples_per_pass: int = 1
     """Samples that share a Fisher pass on a rank, where linear layers, embeddings and norms are all that is scored: fewer
     gathers and larger products, the same scores to rounding, and more memory for activations."""
@@ -129,7 +129,7 @@ class FishdipConfig:
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f'"fishdip.{name}" is {getattr(self, name)}; give a share between 0 and 1.')
         if self.score_memory_gib < 0:
-            raise ConfigError(f'"fishdip.score_memory_gib" is {self.score_memory_gib}; give GiB, or 0 for no bound.')
+            raise ConfigError(f'"fishdip.score_memory_gib" is {self.score_memory_gib}; give GiB, or 0 for what is free.')
         for name in ("mixup_lr", "mixup_radius"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f'"fishdip.{name}" is {getattr(self, name)}; it must be above 0.')

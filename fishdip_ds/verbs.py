@@ -21,11 +21,14 @@ from fishdip_ds.selection.topk import distributed_topk
 from fishdip_ds.selection.view import ShardView
 from fishdip_ds.selector import Scores, Selector
 from fishdip_ds.zero3.owned import SumAccumulator
+from fishdip_ds.zero3.partition import free_bytes
 from fishdip_ds.zero3.shards import TensorShard, matches
 
 if TYPE_CHECKING:
     from fishdip_ds.engine import Engine
 
+SHARE_OF_FREE = 0.6
+"""Of the free memory, what scores may take; the rest is for the passes' activations and gathered weights."""
 Owned = dict[int, torch.Tensor]
 """Positions inside owned shards by tensor index: int64, sorted, local."""
 
@@ -142,13 +145,19 @@ class Verbs(Selector):
 
     def top_fisher(self, sample_ids: list[int], density: float, *, bound_gib: float = 0.0, scope: str = "model",
                    always_on: Sequence[str] = (), train_mode: bool = False, per_pass: int = 1) -> Mask:
-        """``top`` of ``fisher``, bitwise, with at most ``bound_gib`` of scores on any rank at a time (0: no bound).
+        """``top`` of ``fisher``, bitwise, with at most ``bound_gib`` of scores on any rank at a time.
 
-        Under a bound the Fisher passes are run again for each group of weights whose scores fit.
+        Under a bound the Fisher passes are run again for each group of weights whose scores fit. 0: the bound is
+        ``SHARE_OF_FREE`` of the memory that is free now on the rank that has least.
         """
         ranked, whole = self._ranked(("*",), always_on)
         per_rank = 4 * sum(self.layout.piece_numel(t) for t in ranked)
-        if not bound_gib or per_rank <= bound_gib * 2**30:
+        if not bound_gib:
+            bound_gib = SHARE_OF_FREE * min(self.comm.gather_objects(free_bytes())) / 2**30
+            if per_rank > bound_gib * 2**30:
+                self.note(f"Fisher scores of all weights would take {per_rank / 2**30:.2f} GiB on a rank, and {bound_gib:.2f} are "
+                          'to be had: they are made in groups, which takes longer ("fishdip.score_memory_gib").')
+        if per_rank <= bound_gib * 2**30:
             self.report.score_bytes = per_rank
             scores = self.fisher(sample_ids, train_mode=train_mode, per_pass=per_pass)
             return self.top(scores, density, scope=scope, always_on=always_on)

@@ -123,3 +123,24 @@ def _too_small() -> str:
 def test_a_bound_without_room_is_refused(world):
     assert all('"fishdip.score_memory_gib" is 1e-07' in message and "set at least" in message
                for message in run(world, _too_small))
+
+
+def _unbounded(free: int | None) -> tuple:
+    from fishdip_ds import verbs
+
+    engine, before = _engine("t5"), verbs.free_bytes
+    verbs.free_bytes = (lambda: free * (1 + engine.comm.rank)) if free else before
+    try:
+        engine.refresh()
+    finally:
+        verbs.free_bytes = before
+    report = engine.selector.report
+    return engine.mask.hash(), report.score_groups, report.score_bytes
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_is_free_is_the_bound_by_default(world):
+    whole, tight = run(world, _unbounded, None), run(world, _unbounded, 60_000 // world)
+    for free, bound in zip(whole, tight, strict=True):
+        assert bound[0] == free[0] and free[1] == 1 and bound[1] > 1
+        assert bound[2] <= 0.6 * 60_000 / world

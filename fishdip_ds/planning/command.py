@@ -17,7 +17,7 @@ FLAGS = {
     "refresh_interval": "optimizer steps between masks", "worst_samples": "samples that feed the scores",
     "samples_per_pass": "of those, how many share a Fisher pass",
     "train_samples": "training samples, for the loss scan", "scan_batch": "samples per forward pass of the loss scan",
-    "score_memory_gib": "bound of the scores' memory; 0: none", "lora_r": "rank of LoRA's adapters",
+    "score_memory_gib": "bound of the scores' memory; 0: what is free", "lora_r": "rank of LoRA's adapters",
     "ever": "entries that any mask has held, in multiples of one mask", "persistence": "stage3_param_persistence_threshold",
     "max_live": "stage3_max_live_parameters", "max_reuse": "stage3_max_reuse_distance",
     "prefetch": "stage3_prefetch_bucket_size", "reduce_bucket": "reduce_bucket_size"}

@@ -9,6 +9,7 @@ from fishdip_ds.planning import memory, traffic
 from fishdip_ds.planning.graph import GraphCounter, Work
 from fishdip_ds.planning.setting import Setting
 from fishdip_ds.planning.shapes import ModelShape
+from fishdip_ds.verbs import SHARE_OF_FREE
 
 GIB = 2**30
 
@@ -67,6 +68,7 @@ class Planner:
         refresh_bytes = traffic.refresh(model, setting)
         if setting.strategy == "ours":
             few = counter.count(setting.samples_per_pass, setting.source, setting.target)
+            setting = self._bounded(setting, few)
             moments["refresh"] = memory.refresh(model, setting, few)
             moments["loss scan"] = memory.scan(model, setting, one.logits * setting.scan_batch)
             turns = traffic.passes(setting) * traffic.score_groups(model, setting)
@@ -77,6 +79,17 @@ class Planner:
                    "lora": memory.lora_numel(model, setting.lora_r)}[setting.strategy]
         return Plan(model.name, model.numel, setting, trained, memory.persistent(model, setting), moments, step_bytes,
                     refresh_bytes, flops, _seconds(setting, step_bytes, refresh_bytes, flops))
+
+    def _bounded(self, setting: Setting, work: Work) -> Setting:
+        """With the bound that a run would take of the memory that is free, where scores do not fit without one."""
+        model, moment = self.model, memory.refresh(self.model, setting, work)
+        passes = sum(moment.values()) - moment["scores"]  # their memory is free as well when the bound is taken
+        room = (setting.memory_gib - setting.reserve_gib) * GIB - sum(memory.persistent(model, setting).values())
+        bound = min(SHARE_OF_FREE * room, room - passes)
+        candidates = memory.mask_count(model, setting) * (memory.INDEX + memory.FP32) / setting.world
+        if setting.score_memory_gib or moment["scores"] <= bound or bound < 2 * candidates:
+            return setting
+        return replace(setting, score_memory_gib=bound / GIB)
 
     def _step_flops(self, setting: Setting, work: Work, again: float) -> float:
         """Forward, activation gradients, weight gradients: of all weights, a mask's entries, or LoRA's adapters."""
@@ -118,9 +131,6 @@ def _changes(setting: Setting) -> Iterator[tuple[str, str, Setting]]:
         micro = -(-micro // 2)
         yield ("batch", f"micro batch {micro} with {-(-samples // micro)} accumulation steps",
                replace(setting, micro_batch=micro, accumulation=-(-samples // micro)))
-    if setting.strategy == "ours" and not setting.score_memory_gib:
-        bound = float(f"{setting.memory_gib / 8:.2g}")
-        yield "scores", f'"fishdip.score_memory_gib": {bound:g}', replace(setting, score_memory_gib=bound)
     if not setting.checkpointing:
         yield "activations", "--gradient_checkpointing", replace(setting, checkpointing=True)
     if setting.max_reuse and setting.world > 1:

@@ -55,7 +55,7 @@ class Setting:
     base_quantization: str = "none"
     """Linear weights in 8bit or 4bit."""
     score_memory_gib: float = 0.0
-    """Bound of the scores' memory; 0: none."""
+    """Bound of the scores' memory; 0: what is free."""
     lora_r: int = 16
     eligible: tuple[str, ...] = ("*",)
     persistence: int = 100_000

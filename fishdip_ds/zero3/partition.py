@@ -97,13 +97,16 @@ def fits_on_one_device(model: nn.Module, share: float = 0.4) -> bool:
     """Whether all weights take at most ``share`` of the free memory of the device (of the host, per local rank). Local."""
     needed = sum(p.ds_numel * p.element_size() if hasattr(p, "ds_numel") else p.numel() * p.element_size()
                  for p in model.parameters())
-    if torch.cuda.is_available():
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        import psutil
+    return needed <= share * free_bytes()
 
-        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_SIZE", "1"))
-    return needed <= share * free
+
+def free_bytes() -> int:
+    """Free memory of the device, what its allocator keeps unused included (of the host, per local rank). Local."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    import psutil
+
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_SIZE", "1"))
 
 
 @contextmanager
