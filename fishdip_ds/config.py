@@ -62,7 +62,8 @@ class FishdipConfig:
     own, and the mask is the same. 0: what is free when a mask is chosen."""
     samples_per_pass: int = 1
     """Samples that share a Fisher pass on a rank, where linear layers, embeddings and norms are all that is scored: fewer
-    gathers and larger products, the same scores to rounding, and more memory for activations."""
+    gathers and larger products, the same scores to rounding, and more memory for activations. The model must heed the mask of
+    padding, and samples must not see each other."""
     base_quantization: str = "none"
     """Keep the linear layers' weights in 8bit or 4bit (bitsandbytes), those that were ever trained in their own dtype beside
     them; see docs/scaling.md."""

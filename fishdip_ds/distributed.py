@@ -50,11 +50,10 @@ class Comm:
 
     def beside(self) -> Comm:
         """The same ranks in a group of its own, whose collectives may run among those of this one. **Collective.**"""
-        if self.world == 1:
-            return self
         if self.group not in _BESIDE:
             ranks = None if self.group is None else dist.get_process_group_ranks(self.group)
-            _BESIDE[self.group] = dist.new_group(ranks)
+            _BESIDE[self.group] = group = dist.new_group(ranks)
+            dist.barrier(group=group)  # connects now: in the middle of a backward pass ranks would wait for each other
         other = Comm(_BESIDE[self.group])
         other.sent_bytes = self.sent_bytes
         return other

@@ -91,7 +91,7 @@ class Engine(ModelVerbs):
         self.ever: list[torch.Tensor] = [
             torch.zeros(0, dtype=torch.int64, device=self.layout.device()) for _ in self.layout.tensors]
         """Per tensor: sorted positions in the owned shard that were ever trained: int64, local."""
-        self.base: list[torch.Tensor] = [t.param.ds_tensor.new_zeros(0) for t in self.layout.tensors]
+        self.base: list[torch.Tensor] = [t.read(at) for t, at in zip(self.layout.tensors, self.ever, strict=True)]
         """Per tensor: the base model's values at ``ever``, in the weight's dtype: what ``rewind`` puts back."""
         self._random_start = random_state()
         self._new_schedule: Callable[[], object] = lambda: None
@@ -376,7 +376,7 @@ class Engine(ModelVerbs):
         zero = self.run.ds["zero_optimization"]
         self._accumulator = MaskedAccumulator(
             self.layout, mask, self.layout.device(), bucket_numel=int(zero.get("reduce_bucket_size", REDUCE_BUCKET)),
-            beside=self.comm.beside() if zero.get("overlap_comm", True) else None)
+            beside=self.comm.beside() if self.comm.world > 1 and zero.get("overlap_comm", True) else None)
         with self.selector.timed("plans"):
             self._masked.plan(mask, self._accumulator)
 

@@ -65,7 +65,7 @@ class Selector:
         self.global_batch = global_batch
         self._order: list[list[int]] | None = None
         self._from_logits = False
-        self._one_by_one = False
+        self._alone = False
         self._said: set[str] = set()
         self.report = SelectionReport(0)
 
@@ -135,12 +135,12 @@ class Selector:
     def _fisher_of_groups(self, sample_ids: list[int], per_pass: int, train_mode: bool,
                           within: dict[int, tuple[int, int]] | None) -> Scores | None:
         """``fisher`` with groups of samples of like length; None where it cannot be had. **Collective.**"""
-        if self._one_by_one:
+        if self._alone:
             return None
         with self.timed("scores"), in_mode(self.module, train_mode), torch.enable_grad():
             with torch.no_grad(), in_mode(self.module, False):
                 self._scan_batches()  # looks whether logits tell the loss
-            if self._loss_fn is None and not self._from_logits:
+            if self._loss_fn is None and not (self._from_logits and self._own_loss_is_ours(sample_ids[0])):
                 return self._must_go_one_by_one("the model's logits do not tell the losses of its samples")
             lengths = {i: _length(self._dataset[i]) for i in sample_ids}
             ids = sorted(sample_ids, key=lambda i: (-lengths[i], i))
@@ -153,18 +153,35 @@ class Selector:
                 squares.begin(number < len(groups))
                 with own_stream(mix(self._seed, self.report.step, 2, group[0])), batched.passing(len(group)):
                     loss = self._batch_losses(group, "token_mean").sum()
-                    unknown = sorted({name for names in self.comm.gather_objects(batched.uncovered) for name in names})
-                    if unknown:
-                        return self._must_go_one_by_one(f"{', '.join(unknown[:3])} {'...' if unknown[3:] else ''} are used in "
-                                                        'ways that hide single samples (leave them out of "eligible" to '
-                                                        "share passes)")
+                    if self._hidden(batched):
+                        return None
                     batched.backward_begins()
-                    self._backward(loss)
+                    with self._tap.into(batched.unseen):
+                        self._backward(loss)
                     batched.finish()
+                    if self._hidden(batched):
+                        return None
         return squares.scores
 
+    def _hidden(self, batched: SampleSquares) -> bool:
+        """Whether any rank used a scored tensor in a way that hides single samples; says so. **Collective.**"""
+        names = sorted({name for names in self.comm.gather_objects(batched.uncovered) for name in names})
+        if names:
+            self._must_go_one_by_one(f"{', '.join(names[:3])}{', ...' if names[3:] else ''} {'are' if names[1:] else 'is'} "
+                                     'used in ways that hide single samples (leave them out of "eligible" to share passes)')
+        return bool(names)
+
+    def _own_loss_is_ours(self, sample: int) -> bool:
+        """Whether the model's own loss of a sample is the mean cross-entropy that a group's losses are made of."""
+        with torch.no_grad(), own_stream(self._seed):
+            batch = self.load([sample])
+            out = self.module(**batch)
+            ours = sample_losses(out.logits, batch["labels"], "token_mean", shifts_labels(self.module))[0]
+        tolerance = 1e-2 if out.logits.dtype == torch.bfloat16 else 1e-4
+        return bool(torch.isclose(ours, loss_of(out).float(), rtol=tolerance, atol=1e-6))
+
     def _must_go_one_by_one(self, reason: str) -> None:
-        self._one_by_one = True
+        self._alone = True
         self.note(f"worst samples are scored one by one: {reason}.")
 
     def uniform(self, purpose: int = 3) -> Scores:

@@ -155,8 +155,8 @@ class Verbs(Selector):
         if not bound_gib:
             bound_gib = SHARE_OF_FREE * min(self.comm.gather_objects(free_bytes())) / 2**30
             if per_rank > bound_gib * 2**30:
-                self.note(f"Fisher scores of all weights would take {per_rank / 2**30:.2f} GiB on a rank, and {bound_gib:.2f} are "
-                          'to be had: they are made in groups, which takes longer ("fishdip.score_memory_gib").')
+                self.note(f"Fisher scores of all weights would take {per_rank / 2**30:.2f} GiB on a rank, and {bound_gib:.2f} "
+                          'are to be had: they are made in groups, which takes longer ("fishdip.score_memory_gib").')
         if per_rank <= bound_gib * 2**30:
             self.report.score_bytes = per_rank
             scores = self.fisher(sample_ids, train_mode=train_mode, per_pass=per_pass)

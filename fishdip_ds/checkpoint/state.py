@@ -145,10 +145,10 @@ def _check(engine: Engine, folder: Path, manifest: dict) -> None:
         if stored[name]["base"] != engine.base_fingerprints[name]:
             raise FishdipError(f"{folder} was trained from other base weights: {name} differs; load the same "
                                "pretrained model in the same dtype.")
-    kinds = {stored[t.name].get("packed", "none") for t in layout.tensors} - {"none"}
-    if (kinds or {"none"}) != {engine.run.fishdip.base_quantization}:
-        raise FishdipError(f"{folder} was trained on a base in {', '.join(kinds) or 'full precision'}; set "
-                           f'"fishdip.base_quantization" to "{next(iter(kinds), "none")}".')
+    if any(stored[t.name].get("packed") != (t.packed.kind if t.packed is not None else None) for t in layout.tensors):
+        kind = next((facts["packed"] for facts in stored.values() if "packed" in facts), "none")
+        raise FishdipError(f"{folder} was trained on a base in {kind.replace('none', 'full precision')}; set "
+                           f'"fishdip.base_quantization" to "{kind}".')
     theirs, own = manifest["strategy"], engine.run.fishdip.strategy
     strategy, dense = engine.strategy, manifest.get("dense", False)
     if dense != strategy.dense or theirs != own:

@@ -51,7 +51,7 @@ def step(model: ModelShape, setting: Setting) -> dict[str, float]:
     parts["gradients"] = ring(world, FP32 * (k + TOTALS + len(model.tensors)))
     parts["weights"] = (world - 1) * size * sum(t.piece(world) for t in kept_gathered(model, setting) if t in ours)
     if setting.base_quantization != "none":  # at most: if all of the mask is in packed weights
-        parts["weights"] += (world - 1) * size * k / world
+        parts["weights"] += ring(world, size * k)
     if setting.optimizer == "Adafactor":
         parts["rms"] = ring(world, FP32 * len(model.tensors))
     return parts

@@ -116,8 +116,8 @@ class MaskedAccumulator:
 
         Whoever adds to it calls ``done`` then.
         """
+        self.used[index] = 1.0  # travels with the first bucket, which is never gone before the end
         if index not in self._views:
-            self.used[index] = 1.0
             return None
         if self._buckets.gone(index):
             if self._late is None:
@@ -125,7 +125,6 @@ class MaskedAccumulator:
             self.buffer[3] = 1.0
             lo, hi = self._segments[index]
             return self._late[lo - self._start : hi - self._start]
-        self.used[index] = 1.0
         return self._views[index][1]
 
     def done(self, index: int) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -102,18 +102,18 @@ class PackedShard:
         self.values = param.data.new_zeros(0)
         """What they hold: [m], the weight's dtype."""
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._mine = (0, 0)
         param.packed = self
         param.partition()
         param.ds_persist = False
         param.ds_tensor.data = param.ds_tensor.data.new_empty(0)
         param.ds_tensor.ds_quant_scale = None  # so that DeepSpeed gathers it apart from weights that are as they were
-        param.all_gather, param.all_gather_coalesced = self._all_gather, _Gather
+        param.all_gather_coalesced = _Gather
 
     def owned(self) -> torch.Tensor:
         """The owned elements with trained entries in place: [stop - start], the weight's dtype, a copy. Local."""
         flat = unpack(self.codes.view(1, -1).to(self.values.device), self.kind, self.values.dtype)[: self.stop - self.start]
-        bounds = torch.tensor([self.start, self.stop], dtype=torch.int32, device=self.index.device)
-        lo, hi = torch.searchsorted(self.index, bounds).tolist()
+        lo, hi = self._mine
         flat[self.index[lo:hi].long() - self.start] = self.values[lo:hi]
         return flat
 
@@ -131,14 +131,25 @@ class PackedShard:
             grown = self.values.new_empty(every.numel())
             grown[torch.searchsorted(every, self.index)] = self.values
             self.index, self.values = every, grown
+            self._mine = self.place(every)
             self._last = (index, torch.searchsorted(every, index, out_int32=True))
         self.values.index_copy_(0, self._last[1].long(), values.to(self.values.dtype))
         if self.param.numel():  # gathered right now
             self.param.data.view(-1).index_copy_(0, index.long(), values.to(self.param.dtype))
 
+    def place(self, index: torch.Tensor) -> tuple[int, int]:
+        """Where the owned ones begin and end among sorted flat indices."""
+        bounds = torch.tensor([self.start, self.stop], dtype=torch.int32, device=index.device)
+        lo, hi = torch.searchsorted(index, bounds).tolist()
+        return lo, hi
+
+    def left_mask(self) -> None:
+        """No entry of it is in the mask any more: let go of what was kept of that."""
+        self._last = None
+
     def forget(self) -> None:
         """Drop all trained entries: the base again. **Collective** where the weight is gathered right now."""
-        self.index, self.values, self._last = self.index[:0], self.values[:0], None
+        self.index, self.values, self._last, self._mine = self.index[:0], self.values[:0], None, (0, 0)
         if self.param.numel():
             self.param.data = self.param.data.new_empty(0)
             _Gather([self.param]).wait()
@@ -147,13 +158,6 @@ class PackedShard:
     def nbytes(self) -> int:
         """What this rank holds of it: codes, scales, trained entries, and where the mask's are among those."""
         return self.codes.nbytes + self.index.nbytes + self.values.nbytes + (self._last[1].nbytes if self._last else 0)
-
-    def _all_gather(self, param_list: list[nn.Parameter] | None = None, async_op: bool = False, hierarchy: int = 0) -> None:
-        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-        absent = [p for p in param_list or [self.param] if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-        if absent:
-            _Gather(absent).wait()
 
 
 class _Gather:
@@ -190,6 +194,23 @@ class _Gather:
         self._pieces = None
 
 
+def _gathers_both(param: nn.Parameter) -> Callable:
+    """DeepSpeed's ``param.all_gather`` for lists in which some are packed."""
+    theirs = param.all_gather
+
+    def all_gather(param_list: list[nn.Parameter] | None = None, async_op: bool = False, hierarchy: int = 0) -> object:
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        wanted = [param] if param_list is None else list(param_list)
+        absent = [p for p in wanted if hasattr(p, "packed") and p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        if absent:
+            _Gather(absent).wait()
+        rest = [p for p in wanted if not hasattr(p, "packed")]
+        return theirs(rest, async_op, hierarchy) if rest else None
+
+    return all_gather
+
+
 def packable(model: nn.Module) -> list[nn.Parameter]:
     """Weights of linear layers, but for an output head and what an embedding shares: those set what a model says."""
     kept = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -213,7 +234,7 @@ def pack_model(model: nn.Module, kind: str, *, offload: bool) -> None:
         offload: shards and codes live in host memory.
 
     Raises:
-        ConfigError: bitsandbytes is missing.
+        ConfigError: bitsandbytes is missing, or no weight can be packed.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -221,8 +242,13 @@ def pack_model(model: nn.Module, kind: str, *, offload: bool) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(f'"fishdip.base_quantization" {kind} needs bitsandbytes; install fishdip_ds[quant].')
     device = torch.device("cpu" if offload else get_accelerator().current_device_name())
-    for param in packable(model):
+    params = packable(model)
+    if not params:
+        raise ConfigError(f'"fishdip.base_quantization" {kind} finds nothing to pack: the model has no linear layer of '
+                          f"{SMALLEST} weights beside its embeddings and head; remove it.")
+    for param in params:
         param.all_gather()
         PackedShard(param, kind, device)
     for param in model.parameters():
         param.ds_tensor.data = param.ds_tensor.data.to(device)
+        param.all_gather = _gathers_both(param)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fishdip_ds.errors import ConfigError
+from fishdip_ds.errors import ConfigError, FishdipError
 from fishdip_ds.zero3.packed import pack_model
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def partition(model: nn.Module, ds_config: dict, base_quantization: str = "none"
     config = {key: copy.deepcopy(value) for key, value in ds_config.items() if key not in OURS}
     _refuse_half(model)
     if base_quantization != "none":
-        deepspeed.zero.Init(module=model, config_dict_or_path=config, remote_device="cpu")
+        _shard_on_the_host(model, config)
     engine = deepspeed.initialize(model=model, config=config)[0]
     if not isinstance(engine.optimizer, DeepSpeedZeRoOffload):
         raise ConfigError(
@@ -48,6 +48,22 @@ def partition(model: nn.Module, ds_config: dict, base_quantization: str = "none"
         offload = (config["zero_optimization"].get("offload_param") or {}).get("device", "none") == "cpu"
         pack_model(model, base_quantization, offload=offload)
     return engine
+
+
+def _shard_on_the_host(model: nn.Module, config: dict) -> None:
+    """Shard what is not sharded yet in host memory, as ``deepspeed.initialize`` would on the device. **Collective.**"""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if all(hasattr(p, "ds_id") for p in model.parameters()):
+        return
+    if config.get("bf16", {}).get("enabled"):
+        for p in model.parameters():
+            if p.is_floating_point() and not hasattr(p, "ds_id"):
+                p.data = p.data.bfloat16()
+    deepspeed.zero.Init(module=model, config_dict_or_path=config, remote_device="cpu")
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(get_accelerator().current_device_name())
 
 
 def _refuse_half(model: nn.Module) -> None:
@@ -109,22 +125,24 @@ def free_bytes() -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_SIZE", "1"))
 
 
-@contextmanager
-def gathered(params: list[nn.Parameter]) -> Iterator[None]:
-    """Hold the full values of ``params`` on every rank for the block (read only). **Collective.**"""
+def gathered(params: list[nn.Parameter]):
+    """Context in which ``params`` hold their full values on every rank (read only). **Collective.**"""
     import deepspeed
 
-    packed = [p for p in params if hasattr(p, "packed")]
-    with deepspeed.zero.GatheredParameters([p for p in params if not hasattr(p, "packed")], modifier_rank=None), \
-            deepspeed.zero.GatheredParameters(packed, modifier_rank=None):
-        yield
+    return deepspeed.zero.GatheredParameters(params, modifier_rank=None)
 
 
 def written(params: list[nn.Parameter]):
     """Context in which ``params`` hold their full values and may be changed; rank 0's changes count. **Collective.**
 
     Parameters that are not sharded are left as they are: each process changes its own.
+
+    Raises:
+        FishdipError: one is packed in 4 or 8 bits.
     """
     import deepspeed
 
+    if any(hasattr(p, "packed") for p in params):
+        raise FishdipError('a weight that "fishdip.base_quantization" packs cannot be written whole; change it before '
+                           "fishdip_ds.initialize.")
     return deepspeed.zero.GatheredParameters(params, modifier_rank=0)

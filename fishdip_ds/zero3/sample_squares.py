@@ -40,7 +40,8 @@ class SampleLinear(torch.autograd.Function):
                 owner: SampleSquares) -> torch.Tensor:
         ctx.owner, ctx.weight, ctx.bias, ctx.transposed = owner, weight, bias, transposed
         ctx.save_for_backward(x)
-        return owner.usual.addmm(bias, x, weight) if transposed else owner.usual.linear(x, weight, bias)
+        with owner.looking():
+            return owner.usual.addmm(bias, x, weight) if transposed else owner.usual.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -136,6 +137,7 @@ class SampleSquares(TorchFunctionMode):
         self._noted: dict[int, list[Gradient]] = {}
         self._backward = False
         self._looked_up: torch.Tensor | None = None
+        self._looks = False
 
     @contextmanager
     def passing(self, samples: int) -> Iterator[None]:
@@ -182,8 +184,13 @@ class SampleSquares(TorchFunctionMode):
             return
         noted = self._noted.setdefault(tensor.index, [])
         noted.append(gradient)
-        if len(noted) == self._uses[tensor.index]:
+        if len(noted) == self._uses.get(tensor.index):
             self._score(tensor)
+
+    def unseen(self, tensor: TensorShard, grad: torch.Tensor) -> None:
+        """A sink for gradients that autograd formed all the same: of uses that nothing here has seen."""
+        if self.scores(tensor.param):
+            self.uncovered.add(tensor.name)
 
     def _score(self, tensor: TensorShard) -> None:
         gradients = self._noted.pop(tensor.index)
@@ -206,7 +213,22 @@ class SampleSquares(TorchFunctionMode):
                     index = self._scored[id(param)].index
                     self._uses[index] = self._uses.get(index, 0) + 1
 
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Our own calls without gradients, in which torch or DeepSpeed may call an exchanged function once more."""
+        before, self._looks = self._looks, True
+        try:
+            yield
+        finally:
+            self._looks = before
+
+    def _counts(self, *params: object) -> None:
+        """What runs without gradients in forward runs again in backward (reentrant checkpoints), where no use is counted."""
+        if not torch.is_grad_enabled() and not self._backward and not self._looks:
+            self._cannot(*params)
+
     def _linear(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        self._counts(weight, bias)
         if torch.is_grad_enabled() and (self.scores(weight) or self.scores(bias)):
             if input.dim() > 1 and input.shape[0] == self.samples and not torch.is_autocast_enabled(input.device.type):
                 self._use(weight, bias)
@@ -215,10 +237,11 @@ class SampleSquares(TorchFunctionMode):
         return self.usual.linear(input, weight, bias)
 
     def _addmm(self, *args: torch.Tensor, **options: object) -> torch.Tensor:
-        scored = any(self.scores(a) for a in args)
-        if torch.is_grad_enabled() and scored:
+        self._counts(*args)
+        if torch.is_grad_enabled() and any(self.scores(a) for a in args):
             # transformers' Conv1D: the rows of a batch, one sample after the other
-            if len(args) == 3 and not options and args[0].dim() == 1 and args[1].shape[0] % self.samples == 0:
+            if (len(args) == 3 and not options and args[0].dim() == 1 and args[1].shape[0] % self.samples == 0
+                    and not torch.is_autocast_enabled(args[1].device.type)):
                 self._use(args[0], args[2])
                 return SampleLinear.apply(args[1], args[2], args[0], True, self)
             self._cannot(*args)
@@ -228,9 +251,10 @@ class SampleSquares(TorchFunctionMode):
                    max_norm: float | None = None, norm_type: float = 2.0, scale_grad_by_freq: bool = False,
                    sparse: bool = False) -> torch.Tensor:
         self._looked_up = input
+        self._counts(weight)
         covers = input.dim() > 1 and input.shape[0] in (1, self.samples) and max_norm is None and not scale_grad_by_freq
         takes = torch.is_grad_enabled() and self.scores(weight)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not (takes and covers)):
+        with self.looking(), torch.set_grad_enabled(torch.is_grad_enabled() and not (takes and covers)):
             found = self.usual.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         if not takes:
             return found
@@ -254,8 +278,11 @@ class SampleSquares(TorchFunctionMode):
             weight = module.relative_attention_bias.weight
             if not torch.is_grad_enabled() or not self.scores(weight):
                 return compute(module, *args, **options)
-            with torch.no_grad():
+            with self.looking(), torch.no_grad():
                 bias = compute(module, *args, **options)
+            if bias.dim() != 4:
+                self._cannot(weight)
+                return bias
             found = bias.permute(0, 2, 3, 1)  # [1, queries, keys, heads]
             return self._table(found, weight, self._looked_up.unsqueeze(0), -1).permute(0, 3, 1, 2)
 
@@ -277,7 +304,8 @@ class SampleSquares(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         """Every torch function of the pass comes by here but those exchanged above."""
         kwargs = kwargs or {}
-        params = [a for a in (*args, *kwargs.values()) if id(a) in self._scored]
+        given = [a for arg in (*args, *kwargs.values()) for a in (arg if isinstance(arg, (tuple, list)) else (arg,))]
+        params = [a for a in given if id(a) in self._scored]
         if not params or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         if func in MUL and (x := self._activation(args, kwargs)) is not None:

@@ -81,7 +81,7 @@ class ShardLayout:
     def __init__(self, model: nn.Module, comm: Comm, eligible_patterns: tuple[str, ...] = ("*",)) -> None:
         self.comm = comm
         self.tensors: list[TensorShard] = []
-        self._sizes_of: dict[int, tuple[torch.Tensor, list[int]]] = {}
+        self._place_of: dict[int, tuple[torch.Tensor, int]] = {}
         offset = 0
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         device = self.device()
@@ -133,35 +133,29 @@ class ShardLayout:
             if t.packed is not None:
                 if everywhere.numel():
                     packed.append((t, new.to(t.device, t.dtype), everywhere))
+                else:
+                    t.packed.left_mask()
+                    self._place_of.pop(t.index, None)
             elif here.numel():
                 shard = t.owned()
                 shard.index_copy_(0, here.to(shard.device), new.to(shard.device, shard.dtype))
         for dtype in sorted({t.dtype for t, _, _ in packed}, key=str):
             self._write_packed([entry for entry in packed if entry[0].dtype == dtype])
         self.publish([t for t, everywhere in zip(self.tensors, index, strict=True) if everywhere.numel()])
+        self._settle()
 
     def _write_packed(self, entries: list[tuple[TensorShard, torch.Tensor, torch.Tensor]]) -> None:
-        """Tell all ranks the new values of packed tensors: one all-gather of those their owners have."""
-        if self.comm.world == 1:
-            for t, new, index in entries:
-                t.packed.write(index, new)
-            return
-        sizes = [self._sizes(t, index) for t, _, index in entries]
-        parts = self.comm.all_gather_ragged(torch.cat([new for _, new, _ in entries]),
-                                            [sum(of_rank) for of_rank in zip(*sizes, strict=True)], tag="weights")
-        by_rank = [part.split(of_rank) for part, of_rank in zip(parts, zip(*sizes, strict=True), strict=True)]
-        for (t, _, index), values in zip(entries, zip(*by_rank, strict=True), strict=True):
-            t.packed.write(index, torch.cat(values))
-
-    def _sizes(self, tensor: TensorShard, index: torch.Tensor) -> list[int]:
-        """How many of a packed tensor's entries each rank owns; found once for a mask."""
-        known = self._sizes_of.get(tensor.index)
-        if known is None or known[0] is not index:
-            piece = self.piece_numel(tensor)
-            bounds = torch.arange(self.comm.world + 1, device=index.device) * piece
-            ends = torch.searchsorted(index, bounds.clamp(max=tensor.numel).to(torch.int32))
-            known = self._sizes_of[tensor.index] = (index, torch.diff(ends).tolist())
-        return known[1]
+        """Tell all ranks the new values of packed tensors, which their owners have. One all-reduce: x + 0 is exact."""
+        flat = torch.zeros(sum(index.numel() for *_, index in entries), dtype=entries[0][1].dtype, device=self.device())
+        parts = flat.split([index.numel() for *_, index in entries])
+        for part, (t, new, index) in zip(parts, entries, strict=True):
+            place = self._place_of.get(t.index)
+            if place is None or place[0] is not index:
+                place = self._place_of[t.index] = (index, t.packed.place(index)[0])
+            part[place[1] : place[1] + new.numel()] = new
+        self.comm.all_reduce(flat, tag="weights")
+        for part, (t, _, index) in zip(parts, entries, strict=True):
+            t.packed.write(index, part)
 
     @torch.no_grad()
     def restore(self, at: Sequence[torch.Tensor], base: Sequence[torch.Tensor]) -> None:
@@ -173,6 +167,16 @@ class ShardLayout:
                 shard = t.owned()
                 shard.index_copy_(0, here.to(shard.device), values)
         self.publish(self.tensors)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Wait for what was written. A host-device synchronisation: DeepSpeed gathers in a stream of its own, which does not
+        wait for the one that wrote.
+        """
+        from deepspeed.accelerator import get_accelerator
+
+        if self.device().type != "cpu":
+            get_accelerator().current_stream().synchronize()
 
     @torch.no_grad()
     def publish(self, tensors: list[TensorShard]) -> None:

@@ -78,6 +78,45 @@ def _train(kind: str, bucket: int, overlap: bool, masked: str, accumulation: int
     return seen, weights, early, late
 
 
+class Drops(nn.Module):
+    """Leaves a layer out of its first pass (as LayerDrop may), so that nothing of its bucket is waited for later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.passes = 0
+        self.table, self.a, self.b, self.last = nn.Embedding(61, 12), nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 61)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, **_: object) -> SimpleNamespace:
+        hidden = self.b(self.table(input_ids).mean(1))
+        if self.training:
+            self.passes += 1
+        if self.passes != 1:
+            hidden = self.a(hidden)
+        return SimpleNamespace(loss=nn.functional.cross_entropy(self.last(hidden), labels[:, 0]))
+
+
+def _dropped(overlap: bool) -> tuple[float, torch.Tensor]:
+    import fishdip_ds
+
+    config = ds_config(micro=12 // torch.distributed.get_world_size(), density=0.5)
+    config["zero_optimization"].update(reduce_bucket_size=20, overlap_comm=overlap)
+    engine, _, loader, _ = fishdip_ds.initialize(Drops().train(), config, TextPairs(31), collate)
+    layer = engine.layout.by_name["a.weight"]
+    before = layer.owned().clone()
+    for batch in loader:
+        engine.backward(engine(**batch).loss)
+        engine.step()
+    return float((layer.owned() - before).abs().sum()), torch.cat([t.owned().clone() for t in engine.layout.tensors])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_layer_that_the_first_pass_left_out_is_trained(world):
+    for (moved, weights), (_, expected) in zip(run(world, _dropped, True), run(world, _dropped, False), strict=True):
+        assert moved > 0
+        assert torch.allclose(weights, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(("world", "kind", "masked", "accumulation"), [
     (1, "t5", "on", 1), (2, "t5", "on", 1), (2, "t5", "off", 1), (2, "varies", "on", 1), (2, "varies", "off", 2),
     (3, "t5", "on", 2), (3, "varies", "on", 1), (4, "t5", "on", 1)])

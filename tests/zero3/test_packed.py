@@ -177,3 +177,40 @@ def test_methods_that_move_every_weight_refuse():
         strategy_class("child_tuning_d")(config)
     with pytest.raises(ConfigError, match='did you mean "4bit"'):
         FishdipConfig.from_dict({"base_quantization": "4bits"})
+
+
+def _mixed_lists() -> list[str]:
+    import deepspeed
+
+    from fishdip_ds.errors import ConfigError, FishdipError
+    from fishdip_ds.zero3.partition import written
+
+    engine, said = _start("4bit")[0], []
+    params = list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(params):  # as code of others does
+        assert all(p.shape == p.ds_shape for p in params)
+        assert torch.equal(params[1], _rounded("4bit", torch.float32).get_parameter(engine.layout.tensors[1].name))
+    try:
+        written(params)
+    except FishdipError as error:
+        said.append(str(error))
+    try:
+        _start("8bit", model=torch.nn.Sequential(torch.nn.Linear(9, 9)))
+    except ConfigError as error:
+        said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_lists_of_packed_and_others(world):
+    for said in run(world, _mixed_lists):
+        assert len(said) == 2 and "cannot be written whole" in said[0] and "finds nothing to pack" in said[1]
+
+
+def _cast() -> str:
+    engine = _start("4bit", torch.bfloat16, model=_model(torch.float32))[0]
+    return {str(p.dtype) for p in engine.module.parameters()}.pop()
+
+
+def test_an_fp32_model_under_bf16_is_cast_first():
+    assert run(1, _cast) == ["torch.bfloat16"]
