@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SWEEPS = {"layers": [1, 2, 4, 8, 12], "density": [0.0001, 0.001, 0.005, 0.01, 0.05, 0.2], "tokens": [16, 32, 64, 128, 256],
+SWEEPS = {"layers": [2, 6, 12], "density": [0.001, 0.01, 0.05, 0.2], "tokens": [16, 64, 256],
           "ranks": [1, 2, 4]}
 TITLES = {"layers": "blocks of encoder and decoder", "density": "share of weights trained",
           "tokens": "source and target tokens", "ranks": "ranks"}
