@@ -95,7 +95,7 @@ def main() -> None:
             if done.returncode:
                 raise SystemExit(f"{ranks} ranks failed:\n{done.stderr[-3000:]}")
             rows[str(ranks)] = row = json.loads(out.read_text())
-        print(f"{ranks} ranks: " + "  ".join(
+        print(f"{ranks} rank{'s' if ranks > 1 else ''}: " + "  ".join(
             f"{m} {row['seconds'][m]:.3f} s, {row['sent_bytes'][m]:,} bytes" for m in METHODS), flush=True)
     print(json.dumps({"rows": rows, "settings": {k: v for k, v in vars(args).items() if k != "worker_out"},
                       "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}))

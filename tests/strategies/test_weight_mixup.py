@@ -125,7 +125,7 @@ def _gradients(form: str) -> float:
 
 
 @pytest.mark.parametrize("form", ["rank1", "convex"])
-@pytest.mark.parametrize("world", [1, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_1_gradients_equal_autograd(world, form):
     assert max(run(world, _gradients, form)) < 1e-4
 
@@ -158,7 +158,7 @@ def _alpha_one(strategy: str) -> tuple[float, bool]:
 
 
 @pytest.mark.parametrize("strategy", ["weight_mixup", "weight_mixup_sparse"])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, 2, 3])
 def test_2_and_9_alpha_of_one_is_plain_training(world, strategy):
     for distance, still in run(world, _alpha_one, strategy):
         assert distance < 1e-5 and still
@@ -177,7 +177,7 @@ def _alpha_zero() -> bool:
     return torch.equal(shards(engine), base)
 
 
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("world", [1, 2, 3])
 def test_2_alpha_of_zero_is_the_base(world):
     assert all(run(world, _alpha_zero))
 
@@ -202,7 +202,7 @@ def _outer_step(strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["weight_mixup", "weight_mixup_sparse"])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, 2, 3])
 def test_3_and_6_outer_step_leaves_weights_and_rewind_restores_them(world, strategy):
     run(world, _outer_step, strategy)
 
@@ -263,7 +263,7 @@ def _legacy() -> tuple[float, int]:
     return distance, len(commits)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, 2, 3])
 def test_5_legacy_displaces_the_weights_and_steps_twice(world):
     for distance, steps in run(world, _legacy):
         assert distance == pytest.approx(0.01, rel=1e-3) and steps == 2
@@ -290,7 +290,7 @@ def _fold_mean() -> None:
     assert torch.equal(kept[4][1], kept[5][1]) and not torch.equal(kept[4][0], kept[5][0])  # only W trains
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, 2, 3])
 def test_7_the_mean_of_the_folds_is_finetuned(world):
     run(world, _fold_mean)
 
