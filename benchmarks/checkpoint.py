@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from about import about
 from models import SIZES, build_model
 
 METHODS = ("fish_dip", "full", "lora")
@@ -175,7 +175,7 @@ def main() -> None:
         "wait_over_step": round(mine["wait_ms"] / mine["step_ms"], 4),
         "step_during_save_ratio": round(mine["step_during_save_ms"] / mine["step_ms"], 3), "methods": rows,
         "settings": {k: v for k, v in vars(args).items() if not k.startswith("worker")},
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}))
+        "machine": about()}))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import statistics
 import time
+
+from about import about
 
 SIZES = {"small": {"d_model": 256, "d_kv": 32, "num_heads": 8, "d_ff": 1024, "num_layers": 4, "vocab_size": 8000},
          "tiny": {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 1, "vocab_size": 200}}
@@ -100,7 +101,7 @@ def main() -> None:
               f"{row['parts_s']}", flush=True)
     close_distributed()
     print(json.dumps({"rows": rows, "settings": vars(args),
-                      "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}))
+                      "machine": about()}))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from about import about
 
 HERE = Path(__file__).resolve().parent
 SWEEPS = {"layers": [2, 6, 12], "density": [0.001, 0.01, 0.05, 0.2], "tokens": [16, 64, 256],
@@ -111,7 +112,7 @@ def main() -> None:
             print(f"{sweep:8}{value:>8}  of full's {row['time_ratio_full']:.3f}  of lora's {row['time_ratio_lora']:.3f}  "
                   f"{row.get('sent_bytes', '')}", flush=True)
     result = {"rows": rows, "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-              "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}
+              "machine": about()}
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "scaling.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from about import about
 
 METHODS = ("ours", "gather", "local")
 
@@ -98,7 +99,7 @@ def main() -> None:
         print(f"{ranks} rank{'s' if ranks > 1 else ''}: " + "  ".join(
             f"{m} {row['seconds'][m]:.3f} s, {row['sent_bytes'][m]:,} bytes" for m in METHODS), flush=True)
     print(json.dumps({"rows": rows, "settings": {k: v for k, v in vars(args).items() if k != "worker_out"},
-                      "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}))
+                      "machine": about()}))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import argparse
 import ctypes
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ import threading
 import time
 from pathlib import Path
 
+from about import about
 from models import ALL, build_data, build_model
 
 PEERS = ("full", "lora", "shira", "ia3", "dense_mask", "off", "8bit", "4bit", "offload")
@@ -319,15 +319,13 @@ def main() -> None:
     print(f"{'':16}{'s/step':>9}{'cpu s':>9}{'peak GiB':>10}")
     for name, row in middle.items():
         print(f"{name:16}{row['seconds']:>9.3f}{row['cpu_seconds']:>9.3f}{row['peak_gib']:>10.3f}")
-    import torch
 
     result = {
         "by_density": {str(d): summary(turns, facts, d, args.peers) for d in args.density},
         "gradient_bytes_ratio": round(bytes_of_two(args), 4),
         "methods": middle, "facts": facts,
         "settings": {k: v for k, v in vars(args).items() if not k.startswith("worker")},
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-                    "bf16_instructions": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()), "torch": torch.__version__}}
+        "machine": about()}
     print(json.dumps(result))
 
 

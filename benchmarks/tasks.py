@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import time
+
+from about import about
 
 
 def damage(text: str, rng: random.Random) -> str:
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument("--generate", type=int, default=64, help="sentences to generate for; 0 skips it (default 64)")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    result = {"scoring": scoring(args.task, args.data, args.limit, args.rounds), "machine": platform.machine()}
+    result = {"scoring": scoring(args.task, args.data, args.limit, args.rounds), "machine": about()}
     if args.generate:
         result["generation"] = generation(args.generate, args.rounds)
     print(json.dumps(result))
