@@ -158,8 +158,11 @@ class FishdipConfig:
         own = registry.settings_of(strategy)
         values = {} if strategy in registry.STOCK else dict(registry.strategy_class(strategy).defaults)
         for key, value in section.items():
-            if value == "auto" or value is None:
+            if value in ("auto", None) or (key, value) == ("base_quantization", "none"):
                 continue
+            if key == "base_quantization" and key not in own:
+                raise ConfigError(f'"fishdip.{key}" is for methods that train a mask, but strategy "{strategy}" moves every '
+                                  "weight or is a stock baseline: remove it, or take one such as fish_dip.")
             if key in SPECIFIC and key not in own:
                 known = f"; its settings are {', '.join(sorted(own))}" if own else ""
                 raise ConfigError(f'"fishdip.{key}" means nothing to strategy "{strategy}": remove it{known}.')
@@ -182,8 +185,9 @@ def nearest(word: str, known) -> str:
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f'"fishdip.{name}" is {value!r}{nearest(str(value), allowed)}')
+    if value not in allowed:  # of a few values all are told: the nearest in spelling may be the wrong one
+        known = nearest(str(value), allowed) if len(allowed) > 4 else f"; known are {', '.join(allowed)}."
+        raise ConfigError(f'"fishdip.{name}" is {value!r}{known}')
 
 
 _TYPES = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float), "int | float": (int, float),

@@ -157,3 +157,21 @@ def test_several_seeds_of_an_episode(tmp_path):
     assert summary["seeds"] == [1, 2] and len(summary["scores"]["test"]["values"]) == 2
     samples = [(tmp_path / f"seed-{seed}/samples/train.jsonl").read_text() for seed in (1, 2)]
     assert samples[0] != samples[1]
+
+
+def test_a_packed_base_from_flags_to_files(tmp_path):
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    done = _start(run, *SMALL, "--max_steps", "2", "--base_quantization", "4bit")
+    _results(done, run)
+    assert "strategy fish_dip, linear weights in 4bit" in done.stdout
+    again = next(line for line in done.stdout.splitlines() if "--resume" in line).split()
+    assert again[again.index("--base_quantization") + 1] == "4bit" and again[-2:] == ["--max_steps", "4"]
+    done = subprocess.run([sys.executable, *again[1:]], capture_output=True, text=True, timeout=900, cwd=ROOT)
+    assert _results(done, run)["steps"] == 4 and "resumed" in done.stdout
+    subprocess.run([sys.executable, "launch/export.py", "merged", "--from_run", str(run), "--out", str(merged)], check=True,
+                   timeout=300, cwd=ROOT)
+    assert "Trained on a base in 4bit" in (merged / "README.md").read_text()
+    said = [subprocess.run([sys.executable, "launch/predict.py", *source], input="Ada Millford joined Solvex Labs .\n",
+                           check=True, capture_output=True, text=True, timeout=300, cwd=ROOT).stdout
+            for source in (["--from_run", str(run)], ["--model", str(merged)])]
+    assert said[0] and said[0] == said[1]

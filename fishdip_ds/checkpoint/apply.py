@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fishdip_ds.checkpoint.delta import Delta
+from fishdip_ds.checkpoint.delta import Delta, packed_kind
 from fishdip_ds.checkpoint.files import STATE, read_folder
 from fishdip_ds.checkpoint.rules import check_rule, merge
 from fishdip_ds.errors import FishdipError
 from fishdip_ds.fingerprint import fingerprint
 from fishdip_ds.zero3.packed import round_trip
+
+logger = logging.getLogger("fishdip_ds")
 
 
 @torch.no_grad()
@@ -86,6 +89,10 @@ def load_delta(model: nn.Module, *deltas: str | Path | Delta, rule: str = "refus
     params = dict(model.named_parameters())
     for delta in read:
         _check(f"delta {delta.name}", delta.facts["tensors"], params, check)
+        kind = packed_kind(delta.facts["tensors"])
+        if kind is not None and check:
+            logger.warning(f"delta {delta.name} was trained on a base in {kind}: on the full base outputs differ a little "
+                           "from training's; launch/export.py merged gives the very model that was trained.")
     names = list({name: None for d in read for name in d.entries})
     merged = {name: merge(name, read, params[name].data.view(-1), rule, factors) for name in names}
     applied = Applied(model)

@@ -88,10 +88,23 @@ def _card(facts: dict) -> str:
                        for metric, value in metrics.items() if "error" not in metric)
     return (f"# Sparse delta\n\nBase model: `{facts.get('base_model', 'unnamed')}`. Changes {facts['entries']:,} of "
             f"{facts['weights']:,} weights ({100 * facts['entries'] / facts['weights']:.3f} %), trained by strategy "
-            f"`{facts['strategy']}` for {facts['steps']} steps. Stored are {facts['store']}.\n\n```python\nimport fishdip_ds\n"
+            f"`{facts['strategy']}` for {facts['steps']} steps. Stored are {facts['store']}."
+            f"{_packed(facts)}\n\n```python\nimport fishdip_ds\n"
             "applied = fishdip_ds.load_delta(model, \"this folder\")   # model: the base, loaded by transformers\n"
             "applied.revert()                                          # bitwise the base again\n```\n"
             + (f"\n| split | metric | % |\n|---|---|---|\n{scores}\n" if scores else ""))
+
+
+def _packed(facts: dict) -> str:
+    """A sentence on what a delta was trained on, if that is not the base as it is."""
+    kind = packed_kind(facts["tensors"])
+    return "" if kind is None else (f" Trained on a base in {kind}: on the full base outputs differ a little; "
+                                    "`launch/export.py merged` gives the very model that was trained.")
+
+
+def packed_kind(tensors: dict) -> str | None:
+    """8bit or 4bit if some tensors of a manifest were trained on in that."""
+    return next((facts["packed"] for facts in tensors.values() if "packed" in facts), None)
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from fishdip_ds.checkpoint.base_files import INDEX, BaseFiles
-from fishdip_ds.checkpoint.delta import Delta
+from fishdip_ds.checkpoint.delta import Delta, packed_kind
 from fishdip_ds.checkpoint.rules import check_rule, merge
 from fishdip_ds.errors import ConfigError, FishdipError
 from fishdip_ds.zero3.packed import round_trip
@@ -61,12 +61,26 @@ def write_merged(base: Path, deltas: Sequence[Delta], out: Path, *, max_shard_si
         for path in base.iterdir():
             if path.is_file() and path.suffix not in _WEIGHTS and not path.name.endswith(".index.json"):
                 shutil.copy2(path, out / path.name)
+        (out / "README.md").write_text(_card(deltas, rule), encoding="utf-8")  # the base's own would tell of another model
     except (FishdipError, ConfigError):
         raise
     except Exception as error:  # safetensors has an error class of its own for a full disk
         raise FishdipError(f"could not write the merged model to {out}: {error}; free space or choose another "
                            "folder.") from None
     return out
+
+
+def _card(deltas: Sequence[Delta], rule: str) -> str:
+    """What the folder holds, as a model card."""
+    named = deltas[0].facts.get("base_model", "unnamed")
+    lines = [f"# Finetuned from `{named}`", "", f"The base's weights with the entries of {len(deltas)} sparse delta"
+             f"{'s' if len(deltas) > 1 else ''} in place" + (f" (rule `{rule}`)" if len(deltas) > 1 else "") + ":", ""]
+    lines += [f"* {d.facts['entries']:,} of {d.facts['weights']:,} weights, strategy `{d.facts['strategy']}`, "
+              f"{d.facts['steps']} steps" for d in deltas]
+    kind = packed_kind(deltas[0].facts["tensors"])
+    if kind is not None:
+        lines += ["", f"Trained on a base in {kind}: linear weights are what that rounds them to."]
+    return "\n".join(lines) + "\n"
 
 
 def _changed(files: BaseFiles, key: str, deltas: Sequence[Delta], rule: str, factors: Sequence[float]) -> torch.Tensor:

@@ -34,7 +34,7 @@ def kept_gathered(model: ModelShape, setting: Setting) -> list[TensorShape]:
 
 def packs(tensor: TensorShape, setting: Setting) -> bool:
     """Whether the tensor's shards are in 8 or 4 bits."""
-    return tensor.packable and setting.base_quantization != "none" and setting.strategy == "ours"
+    return tensor.packable and setting.base_quantization != "none"
 
 
 def shard_bytes(tensor: TensorShape, setting: Setting) -> int:

@@ -71,9 +71,11 @@ class Planner:
             setting = self._bounded(setting, few)
             moments["refresh"] = memory.refresh(model, setting, few)
             moments["loss scan"] = memory.scan(model, setting, one.logits * setting.scan_batch)
-            turns = traffic.passes(setting) * traffic.score_groups(model, setting)
+            # ranks that have fewer samples than others wait for them
+            samples = min(traffic.passes(setting) * setting.samples_per_pass, setting.worst_samples, setting.train_samples)
+            samples *= traffic.score_groups(model, setting)
             flops["refresh"] = (setting.train_samples / setting.world * one.forward_flops
-                                + turns * (few.forward_flops + few.backward_flops + setting.samples_per_pass * again))
+                                + samples * (one.forward_flops + one.backward_flops + again))
         step_bytes = traffic.step(model, setting)
         trained = {"ours": memory.mask_count(model, setting), "full": model.numel,
                    "lora": memory.lora_numel(model, setting.lora_r)}[setting.strategy]
@@ -138,11 +140,11 @@ def _changes(setting: Setting) -> Iterator[tuple[str, str, Setting]]:
                replace(setting, max_reuse=0, prefetch=0))
     if setting.itemsize == 4:
         yield "dtype", '"bf16": {"enabled": true}', replace(setting, itemsize=2)
-    if not setting.offload:
-        yield "offload", '"offload_param": {"device": "cpu"}', replace(setting, offload=True)
     if setting.base_quantization != "4bit" and setting.strategy == "ours":
         yield ("quantisation", '"fishdip.base_quantization": "4bit" (rounds the base)',
                replace(setting, base_quantization="4bit"))
+    if not setting.offload:
+        yield "offload", '"offload_param": {"device": "cpu"}', replace(setting, offload=True)
     for factor in (2, 4, 8, 16):
         yield ("ranks", f"{setting.world * factor} ranks in place of {setting.world}",
                replace(setting, nodes=setting.nodes * factor))

@@ -24,6 +24,10 @@ def text(plan: Plan, model: ModelShape, advice: list[str]) -> str:
                      f"{score_groups(model, s)} group(s) of scores, every {s.refresh_interval} steps")
     lines += _table("FLOPs of one rank", plan.flops, 1e12, "TFLOP")
     lines += _table("seconds, estimated", plan.seconds, 1, "s", total=False)
+    share = plan.seconds.get("refresh, share of training (%)", 0.0)
+    if share > 30:
+        lines += [f"choosing masks would take {share:.0f} % of training: raise refresh_interval, leave more memory to scores "
+                  "(a lower density, a smaller micro batch), or take \"loss_scan\": \"running\"", ""]
     return "\n".join([*lines, sentence(plan, advice)])
 
 

@@ -72,6 +72,9 @@ class Setting:
     def __post_init__(self) -> None:
         if self.strategy not in METHODS:
             raise ConfigError(f"a plan is made for one of {', '.join(METHODS)}, not {self.strategy!r}.")
+        if self.base_quantization != "none" and self.strategy != "ours":
+            raise ConfigError(f"--base_quantization is for methods that train a mask; strategy {self.strategy} has no such "
+                              "base: leave it out.")
         if not 0 < self.density <= 1:
             raise ConfigError(f"--density is {self.density}, but a share must lie in (0, 1]; 1 percent is 0.01.")
         for name in ("gpus_per_node", "nodes", "memory_gib", "gpu_gbps", "node_gbps", "tflops", "micro_batch",

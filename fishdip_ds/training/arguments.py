@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ def parse(argv: list[str] | None = None, parser: argparse.ArgumentParser | None 
         ConfigError: for settings that contradict each other or files that cannot be read.
     """
     args = (parser or build_parser()).parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     _complete_data(args)
     given = [name for name in ("fraction", "count", "shots") if getattr(args, name) is not None]
     if len(given) > 1:

@@ -61,6 +61,7 @@ def describe(held: Holdings, largest: int) -> dict:
     weights = sum(prod(f["shape"]) for f in held.tensors.values())
     changes = largest_changes(held, largest)
     return {"folder": str(held.folder), "kind": held.kind, "step": held.step, "strategy": held.strategy, "world": held.world,
+            "packed": next((facts["packed"] for facts in held.tensors.values() if "packed" in facts), None),
             "files": held.files, "bytes": sum(held.files.values()), "weights": weights, "trained": held.count,
             "mask": held.masked, "density": held.count / weights, "by_layer": by_group(held, "layer"),
             "by_kind": by_group(held, "kind"), "changes": changes}
@@ -71,6 +72,7 @@ def table(fact: dict) -> str:
     lines = [f"{fact['kind']} {fact['folder']}",
              f"  step {fact['step']}, strategy {fact['strategy']}"
              + (f", saved on {fact['world']} ranks" if fact["world"] else ""),
+             *([f"  trained on a base in {fact['packed']}"] if fact["packed"] else []),
              f"  {fact['trained']:,} of {fact['weights']:,} weights ever trained ({100 * fact['density']:.3f} %)"
              + (f", {fact['mask']:,} in the mask" if fact["mask"] is not None else ""),
              "  " + ", ".join(f"{name} {size / 2**20:.2f} MiB" for name, size in fact["files"].items())]

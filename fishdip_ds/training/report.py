@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,13 +45,25 @@ def seeds_table(runs: Mapping[int, Mapping[str, Mapping[str, float]]], headline:
     return "\n".join(lines), summary
 
 
+def _without(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The words of a command line but for those of some flags."""
+    kept, drops = [], False
+    for word in argv:
+        if word.startswith("--"):
+            drops = word[2:].partition("=")[0] in flags
+        if not drops:
+            kept.append(word)
+    return kept
+
+
 def next_steps(args: argparse.Namespace, checkpoint: Path, steps: int) -> str:
     """Commands worth trying after a run."""
     command = f"deepspeed launch/train.py --ds_config {args.ds_config}" + (f" --model {args.model}" if args.model else "")
     pairs = "" if args.data == ["demo"] and args.task == ["ner"] else "".join(
         [*(f" --task {t}" for t in args.task), *(f" --data {d}" for d in args.data)])
+    again = f"deepspeed launch/train.py {shlex.join(_without(args.argv, ('resume', 'output', 'max_steps', 'local_rank')))}"
     return (f"\ncheckpoint  {checkpoint}\nscores      {args.output / 'results.json'}\n\nwhat to try next\n"
             f"  tensorboard --logdir {args.output}\n"
-            f"  {command}{pairs} --resume --output {args.output} --max_steps {steps * 2}\n"
+            f"  {again} --resume --output {args.output} --max_steps {steps * 2}\n"
             f"  {command}{pairs} --strategy random\n"
             f"  {command} --data FOLDER_WITH_train.txt_dev.txt_test.txt --shots 10\n")

@@ -38,9 +38,9 @@ class Trainer:
         self.args, self.comm = job.args, comm
         self.bar: tqdm | None = None
         self.output: Path = job.args.output
-        self._on_rank_0(self._claim_output)
         # The schedule's length follows from the data, which follows from the batch: resolve without it first.
         self.run = resolve({k: v for k, v in job.ds.items() if k != "scheduler"}, comm.world, fills(job.args))
+        self._on_rank_0(self._claim_output)
         self.corpora = load_corpora(self.args)
         self.tokenizer = load_tokenizer(self.args.model)
         self.tokens = tokenizer_fingerprint(self.tokenizer)
@@ -71,8 +71,10 @@ class Trainer:
                      f"{len(c.data['dev'])} dev, {len(c.data['test'])} test, {c.splits.schema.size()} labels")
         for note in job.notes:
             self.say(note)
+        quantised = self.run.fishdip.base_quantization
         self.say(f"{self.args.model or 'embedded T5'}: {self.max_steps} steps of {self.run.global_batch} on "
-                 f"{comm.world} rank{'s' if comm.world > 1 else ''}, strategy {self.run.fishdip.strategy}")
+                 f"{comm.world} rank{'s' if comm.world > 1 else ''}, strategy {self.run.fishdip.strategy}"
+                 f"{'' if quantised == 'none' else ', linear weights in ' + quantised}")
 
     # ---- the run ---------------------------------------------------------------------------------------
 

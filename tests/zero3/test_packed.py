@@ -170,12 +170,12 @@ def test_methods_that_move_every_weight_refuse():
     from fishdip_ds.strategies.registry import strategy_class
 
     for strategy in ("full", "lora", "dps", "weight_mixup", "lt_sft"):
-        with pytest.raises(ConfigError, match=r'"fishdip\.base_quantization" means nothing to strategy'):
+        with pytest.raises(ConfigError, match="is for methods that train a mask"):
             FishdipConfig.from_dict({"strategy": strategy, "base_quantization": "4bit"})
     config = FishdipConfig.from_dict({"strategy": "child_tuning_d", "base_quantization": "8bit", "decay_frozen": True})
     with pytest.raises(ConfigError, match="decay_frozen"):
         strategy_class("child_tuning_d")(config)
-    with pytest.raises(ConfigError, match='did you mean "4bit"'):
+    with pytest.raises(ConfigError, match="known are none, 8bit, 4bit"):
         FishdipConfig.from_dict({"base_quantization": "4bits"})
 
 
