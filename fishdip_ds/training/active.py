@@ -83,7 +83,7 @@ def _same_settings(job: Job, comm: Comm) -> None:
     run = resolve({k: v for k, v in ds.items() if k != "scheduler"}, comm.world, fills(args))
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization"):
         ds.pop(key, None)
-    free = {"output", "local_rank", "resume", "gather", "eval_batch_size", "queries", "seeds", "rounds", "batch_size",
+    free = {"argv", "output", "local_rank", "resume", "gather", "eval_batch_size", "queries", "seeds", "rounds", "batch_size",
             "accumulation", "no_tensorboard", "ds_config", "keep_last", "no_eval_before"}
     ours = {**{key: value for key, value in vars(args).items() if key not in free}, "deepspeed": ds,
             "fishdip": run.fishdip.to_dict(), "global_batch": run.global_batch}
