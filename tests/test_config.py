@@ -107,7 +107,10 @@ def test_contradicting_flags(tmp_path, flags, message):
 
 
 def test_keys_that_say_what_happens_anyway_may_stand():
-    resolve({**PLAIN, "wall_clock_breakdown": False, "gradient_predivide_factor": 1.0, "communication_data_type": "fp32"}, 1)
+    plain = resolve(PLAIN, 1)
+    stating = resolve({**PLAIN, "wall_clock_breakdown": False, "gradient_predivide_factor": 1.0,
+                       "communication_data_type": "fp32"}, 1)
+    assert stating.fishdip == plain.fishdip and stating.global_batch == plain.global_batch
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -26,6 +26,8 @@ def sampled_products() -> Callable | None:
                        "place, which may need several times as long for this part of the backward pass. Install triton.")
         return None
 
+    # On one device, E entries a program: sums fp32 [n], added to in place; gt [touched rows, tokens] and xt [touched columns,
+    # tokens] of one dtype; entries and row_of int32 [n]; place int32 [n_cols]: where a column stands in xt. Sums are in fp32.
     @triton.jit
     def kernel(sums, gt, xt, entries, row_of, place, n, tokens, n_cols, alpha, E: tl.constexpr, T: tl.constexpr):
         at = tl.program_id(0) * E + tl.arange(0, E)
